@@ -1,0 +1,127 @@
+"""The two values that travel between a model's seam and a method: `Tokens` in, `Reduction` out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an item is and how its tokens lie: equal layouts may share a batch.
+
+    kind: "image", "video" or "audio".
+    grid: (t, h, w) of the token lattice; an AnyRes image gives the grid of its padded canvas, a clip of sound (t, 1, 1).
+    crops: (rows, columns) of the high-resolution crops, or None where the item has a single view.
+    side: tokens along one edge of a view (AnyRes only).
+    image_size: (H, W) of the picture in pixels where the model knows it.
+    """
+
+    kind: str = "image"
+    grid: tuple[int, int, int] = (1, 1, 1)
+    crops: tuple[int, int] | None = None
+    side: int | None = None
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A dense batch of items of one layout.
+
+    x [B, N, D]; position [B, N, 3] (t, h, w on the item's grid); group [B, N] (crop, frame or window; an AnyRes thumbnail is 0);
+    size [B, N] (how many inputs a token stands for); signals: name -> [B, N, ...] (or [B, T, D] for "text", padded with `text_mask`).
+    """
+
+    x: Tensor
+    position: Tensor
+    group: Tensor
+    size: Tensor
+    layout: Layout = field(default_factory=Layout)
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, x: Tensor, layout: Layout | None = None, **signals: Tensor) -> Tokens:
+        """Wrap features [B, N, D] (or [N, D]) as single-view items: positions raster over the layout's grid where it has N cells, else 0…N-1 in t."""
+        x = x[None] if x.dim() == 2 else x
+        B, N = x.shape[:2]
+        layout = layout or Layout(grid=(N, 1, 1))
+        t, h, w = layout.grid
+        column = torch.arange(N, device=x.device)
+        if t * h * w == N:
+            position = torch.stack([column // (h * w), column // w % h, column % w], -1)
+        else:
+            position = torch.stack([column, torch.zeros_like(column), torch.zeros_like(column)], -1)
+        group = position[:, 0] if layout.kind == "video" else torch.zeros_like(column)
+        ones = torch.ones(B, N, device=x.device)
+        return cls(x, position.expand(B, N, 3), group.expand(B, N), ones, layout, signals)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[1]
+
+    def take(self, reduction: Reduction) -> Tokens:
+        """The tokens after a reduction: position, group and signals are those of the anchors."""
+        index = reduction.anchor
+        signals = {k: v if k.startswith("text") else gather(v, index) for k, v in self.signals.items() if v is not None}
+        return replace(self, x=reduction.x, position=gather(self.position, index), group=gather(self.group, index), size=reduction.size, signals=signals)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a method made of `Tokens`.
+
+    x [B, K, D]; anchor [B, K] (ascending input columns whose place in the sequence the outputs take);
+    assignment [B, N] (the output each input went into, -1 = dropped); size [B, K];
+    positions [B, K, P, 3] (several original positions carried by one token) or None;
+    mask [B, K] (False = no output here; only where K differs between items, real outputs first) or None.
+    """
+
+    x: Tensor
+    anchor: Tensor
+    assignment: Tensor
+    size: Tensor
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def num_kept(self) -> int:
+        return self.x.shape[1]
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of x [B, N, ...]."""
+    view = index.view(*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, view.expand(*index.shape, *x.shape[2:]))
+
+
+def identity(tokens: Tokens) -> Reduction:
+    """Everything stays: the very tensor that came in."""
+    B, N = tokens.x.shape[:2]
+    column = torch.arange(N, device=tokens.x.device).expand(B, N)
+    return Reduction(tokens.x, column, column, tokens.size)
+
+
+def keep(tokens: Tokens, index: Tensor) -> Reduction:
+    """Keep the columns `index` [B, K] (any order, no duplicates), drop the others."""
+    anchor = index.sort(dim=1).values
+    B, K = anchor.shape
+    slot = torch.arange(K, device=anchor.device).expand(B, K)
+    assignment = torch.full_like(tokens.group, -1).scatter(1, anchor, slot)
+    return Reduction(gather(tokens.x, anchor), anchor, assignment, gather(tokens.size, anchor))
+
+
+def merge(tokens: Tokens, assignment: Tensor, anchor: Tensor) -> Reduction:
+    """Average, weighted by size, the inputs that share an output: assignment [B, N] in 0…K-1 (-1 = dropped), anchor [B, K] ascending.
+
+    Sums run in float32 and are rounded once to the input's dtype. An output that nothing was assigned to is a ValueError of the method's making: it stays 0.
+    """
+    B, K = anchor.shape
+    weight = torch.where(assignment >= 0, tokens.size, 0)
+    slot = assignment.clamp(min=0)
+    size = torch.zeros(B, K, device=weight.device, dtype=weight.dtype).scatter_add(1, slot, weight)
+    total = torch.zeros(B, K, tokens.x.shape[-1], device=weight.device, dtype=torch.float32)
+    total = total.scatter_add(1, slot[..., None].expand_as(tokens.x), tokens.x.float() * weight[..., None])
+    x = total / size.clamp(min=torch.finfo(size.dtype).tiny)[..., None]
+    return Reduction(x.to(tokens.x.dtype), anchor, assignment, size)
