@@ -55,6 +55,8 @@ class Compressor(nn.Module):
     """Signals that `compress` uses; "a|b" takes the first that the model offers."""
     has_ratio: ClassVar[bool] = True
     """False for a method with a rule of its own in place of keep_ratio."""
+    identity_config: ClassVar[dict[str, Any]] = {"keep_ratio": 1}
+    """The fields at which the method changes nothing, bit for bit."""
 
     keep_ratio: float = 0.25
     layer: int | float | None = None

@@ -112,6 +112,22 @@ def keep(tokens: Tokens, index: Tensor) -> Reduction:
     return Reduction(gather(tokens.x, anchor), anchor, assignment, gather(tokens.size, anchor))
 
 
+def keep_where(tokens: Tokens, kept: Tensor, num_kept: int | None = None) -> Reduction:
+    """Keep the columns where `kept` [B, N] is true, drop the others.
+
+    `num_kept` is the number of kept columns of every item, where the caller knows it (no host synchronisation then).
+    Without it the counts may differ between items; the result then has a mask.
+    """
+    counts = kept.sum(1, keepdim=True)
+    K = (int(counts.max()) if counts.numel() else 0) if num_kept is None else num_kept
+    anchor = (~kept).int().argsort(dim=1, stable=True)[:, :K]  # kept columns first, ascending
+    assignment = torch.where(kept, kept.cumsum(1) - 1, -1)
+    real = torch.arange(K, device=kept.device) < counts
+    mask = None if num_kept is not None or bool(real.all()) else real
+    size = gather(tokens.size, anchor)
+    return Reduction(gather(tokens.x, anchor), anchor, assignment, size if mask is None else size * mask, mask=mask)
+
+
 def merge(tokens: Tokens, assignment: Tensor, anchor: Tensor) -> Reduction:
     """Average, weighted by size, the inputs that share an output: assignment [B, N] in 0…K-1 (-1 = dropped), anchor [B, K] ascending.
 
