@@ -60,5 +60,7 @@ def apply_from_config(model: Any) -> Any:
 
     config = getattr(getattr(model, "config", None), "mmcompress", None)
     if config is None:
-        raise ValueError(f"model.config.mmcompress must hold a compressor's configuration; {type(model).__name__} has none: use compress_(model, compressor)")
+        raise ValueError(
+            f"model.config.mmcompress must hold a compressor's configuration; {type(model).__name__} has none: use compress_(model, compressor)"
+        )
     return compress_(model, from_config(config))

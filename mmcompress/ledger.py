@@ -143,8 +143,22 @@ class Ledger:
 
     def totals(self) -> dict[str, Any]:
         """All totals as plain JSON values (tokens, rows, FLOPs, bytes)."""
-        names = ("tokens_in", "tokens_kept", "separators", "sequence_in", "sequence_kept", "flops_in", "flops", "kv_bytes_in", "kv_bytes")
-        return {"prefills": len(self.samples), **{n: getattr(self, n) for n in names}, "kept_ratio": self.kept_ratio if self.samples else None}
+        names = (
+            "tokens_in",
+            "tokens_kept",
+            "separators",
+            "sequence_in",
+            "sequence_kept",
+            "flops_in",
+            "flops",
+            "kv_bytes_in",
+            "kv_bytes",
+        )
+        return {
+            "prefills": len(self.samples),
+            **{n: getattr(self, n) for n in names},
+            "kept_ratio": self.kept_ratio if self.samples else None,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Totals and every sample."""

@@ -1,2 +1,95 @@
-def compress_(*a): ...
-def restore_(*a): ...
+"""Installing a compressor in a model and taking it out again: `compress_`, `restore_`, `with compressor(model) as run`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmcompress.compressor import Compressor
+
+if TYPE_CHECKING:
+    from mmcompress.ledger import Ledger
+    from mmcompress.models.seam import Item, Seam
+
+
+def compress_(model: Any, compressor: Compressor) -> Any:
+    """Install `compressor` in `model` for good; returns the model. Its configuration is kept in `model.config.mmcompress`.
+
+    Raises TypeError for what is no model or no compressor; ValueError where the family is unsupported, a signal is missing,
+    a compressor is installed already, or the model was compiled before.
+    """
+    seam = _install(model, compressor)
+    seam.model.config.mmcompress = compressor.config()
+    return model
+
+
+def restore_(model: Any) -> Any:
+    """Take the compressor out again, bit for bit; returns the model. Raises ValueError where none is installed."""
+    seam = _seam(model)
+    if seam is None:
+        raise ValueError(f"restore_: no compressor is installed in this {type(model).__name__}")
+    seam.uninstall()
+    if "mmcompress" in seam.model.config.__dict__:
+        del seam.model.config.mmcompress
+    return model
+
+
+class installed:
+    """`with compressor(model) as run`: installed inside the block, gone after it, also after an exception.
+
+    run.ledger: counts of every prefill. run.items: traces of the last prefill's items (sample, kind, layout, position [N, 3], group [N],
+    assignment [N], anchor [K]).
+    """
+
+    def __init__(self, model: Any, compressor: Compressor):
+        self.model, self.compressor = model, compressor
+        self._seam: Seam | None = None
+
+    def __enter__(self) -> installed:
+        self._seam = _install(self.model, self.compressor)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        assert self._seam is not None
+        self._seam.uninstall()
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._entered().ledger
+
+    @property
+    def items(self) -> list[Item]:
+        return self._entered().items
+
+    def _entered(self) -> Seam:
+        if self._seam is None:
+            raise RuntimeError("use it as `with compressor(model) as run:` first")
+        return self._seam
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _seam(model: Any) -> Seam | None:
+    from mmcompress.models.wrap import owner_of
+
+    return owner_of(_base(model), "generate") if hasattr(model, "modules") else None
+
+
+def _install(model: Any, compressor: Compressor) -> Seam:
+    if not isinstance(compressor, Compressor):
+        raise TypeError(f"compressor must be a Compressor such as mmcompress.create('k_center'), got {compressor!r}")
+    from mmcompress.models import family
+    from mmcompress.models.seam import Seam
+    from mmcompress.models.wrap import is_compiled
+
+    if hasattr(model, "_orig_mod") or (hasattr(model, "modules") and is_compiled(model)):
+        raise ValueError(
+            "model must not be compiled yet: install the compressor first and compile then (or call torch._dynamo.reset() and load it anew)"
+        )
+    family(model)
+    if (other := _seam(model)) is not None:
+        raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
+    seam = Seam(model, compressor)
+    seam.install()
+    return seam

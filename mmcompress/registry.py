@@ -19,7 +19,9 @@ def register(method: Callable) -> Callable:
 
     Raises ValueError where the name is taken by something else.
     """
-    name = method.__dict__.get("name") or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", method.__name__).lower()
+    name = (
+        method.__dict__.get("name") or re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", method.__name__).lower()
+    )
     other = _methods.get(name)
     if other is not None and (other.__module__, other.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"register: the name {name!r} is taken by {other.__module__}.{other.__qualname__}")

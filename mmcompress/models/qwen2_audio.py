@@ -1,0 +1,40 @@
+"""Qwen2-Audio: clips of different lengths; the encoder pools pairs of its steps, and there is no `get_audio_features`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.models.generic import Call, Family, ItemSpec
+
+
+class Qwen2Audio(Family):
+    name = "qwen2_audio"
+    modalities = ("audio",)
+    offers = ("keys", "tower")
+    notes = "the processor must expand <|AUDIO|> to one id per token"
+
+    def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec]:
+        mask = call.arguments["feature_attention_mask"]
+        _, lengths = self.encoder._get_feat_extract_output_lengths(mask.sum(-1))
+        out = [ItemSpec.lattice(kind, (n, 1, 1), clip * self.steps) for clip, n in enumerate(lengths.tolist())]
+        if num_rows < sum(s.num_rows for s in out):
+            raise ValueError(
+                "input_ids must hold one audio id per audio token (the processor's expanded form); got the legacy form with one id per clip"
+            )
+        return out
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.core.audio_tower  # type: ignore[return-value]
+
+    @property
+    def steps(self) -> int:
+        """Tokens that the encoder gives for a full window."""
+        return self.config.audio_config.max_source_positions // 2
+
+    def signal(self, call: Call, kind: str, name: str) -> Tensor:
+        if name == "tower":
+            return super().signal(call, kind, name)
+        keys = torch.cat([k.transpose(1, 2).flatten(2) for _, k in call.attention[kind]])  # [clips, T, D]
+        return keys[:, : 2 * self.steps].unflatten(1, (-1, 2)).mean(2).flatten(0, 1)

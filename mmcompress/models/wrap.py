@@ -1,0 +1,70 @@
+"""Instance wrappers: bound methods in a module's `__dict__`, undone exactly. Hooks and class changes are ignored by compiled models, these are not."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Wrapper:
+    """One replaced method of one module. `make(original)` gives the replacement; `self` inside is whatever module (or deep copy) is called."""
+
+    def __init__(self, module: nn.Module, name: str, make: Callable[[nn.Module, Callable], Callable], owner: Any):
+        inherited = module.__dict__.get(name)  # another library (accelerate) may have put one there
+
+        @functools.wraps(getattr(type(module), name))  # keeps the signature for Trainer and generate
+        def method(self, *args, **kwargs):
+            return make(self, inherited or inspect.getattr_static(type(self), name).__get__(self, type(self)))(*args, **kwargs)
+
+        method.mmcompress = owner  # type: ignore[attr-defined]
+        self.module, self.name, self.inherited = module, name, inherited
+        self.bound = types.MethodType(method, module)  # bound: a deep copy binds to the copy
+        self.paused = False
+        setattr(module, name, self.bound)
+
+    def pause(self) -> None:
+        """Step aside for a while; stays where something else was wrapped around it since."""
+        if self.module.__dict__.get(self.name) is self.bound:
+            self._remove()
+            self.paused = True
+
+    def resume(self) -> None:
+        """Back after `pause`."""
+        if self.paused:
+            setattr(self.module, self.name, self.bound)
+            self.paused = False
+
+    def undo(self) -> None:
+        """Remove it, bit for bit. Raises RuntimeError where something else was wrapped around it since."""
+        if self.paused:
+            self.paused = False
+        elif self.module.__dict__.get(self.name) is self.bound:
+            self._remove()
+        else:
+            raise RuntimeError(f"{type(self.module).__name__}.{self.name} was wrapped again after compress_; undo that first")
+
+    def _remove(self) -> None:
+        if self.inherited is None:
+            delattr(self.module, self.name)
+        else:
+            setattr(self.module, self.name, self.inherited)
+
+
+def owner_of(module: nn.Module, name: str = "forward") -> Any:
+    """The seam that wrapped this module's method, or None."""
+    return getattr(module.__dict__.get(name), "mmcompress", None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` is on the model or a part of it; cannot see a wrapper that `torch.compile(model)` returned elsewhere."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return any(
+        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable")
+        for m in model.modules()
+    )
