@@ -17,7 +17,7 @@ from mmcompress.tokens import Tokens
 class RandomKeep(Selector):
     """Keep K of N tokens, uniformly drawn without replacement.
 
-    seed: an integer >= 0; the draw is a function of (seed, N, K) alone and made on the CPU.
+    seed: an integer >= 0; the draw is a function of (seed, N) alone, made on the CPU.
     """
 
     seed: int = 0
@@ -28,5 +28,10 @@ class RandomKeep(Selector):
 
     def select(self, tokens: Tokens, K: int) -> Tensor:
         B, N = tokens.x.shape[:2]
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(self.seed))
-        return order[:K].to(tokens.x.device).expand(B, K)
+        return permutation(N, self.seed)[:K].to(tokens.x.device).expand(B, K)
+
+
+@torch.compiler.disable  # generators cannot be traced
+def permutation(N: int, seed: int) -> Tensor:
+    """0…N-1 in an order that depends on (N, seed) alone, on the CPU."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(seed))
