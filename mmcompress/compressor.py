@@ -1,6 +1,7 @@
 """What a method is: `Compressor` and its short forms `Scorer`, `Selector`, `Merger`; chains; `num_kept`.
 
-A compressor is an `nn.Module` and a dataclass at once: annotated fields are its configuration, parameters are made in `setup()`.
+A compressor is an `nn.Module` and a dataclass at once: annotated fields are its configuration, parameters are made in
+`setup()`.
 Subclasses need no decorator beyond `@register`.
 """
 
@@ -44,7 +45,8 @@ class Compressor(nn.Module):
     """Turns N tokens into K. Subclasses write `compress(tokens) -> Reduction` (or use a short form below).
 
     keep_ratio: the share of tokens kept, in (0, 1]; 1 is the identity, bit for bit.
-    layer: None (before the language model) or the decoder layer it stands before: an int (0-based) or a float in (0, 1), a share of the depth.
+    layer: None (before the language model) or the decoder layer it stands before: an int (0-based) or a float in (0,
+    1), a share of the depth.
     placement: "prefill" or "layer"; follows from `layer`.
 
     Called with `Tokens` it returns a `Reduction`; called with a model it returns a context manager that installs it.
@@ -52,7 +54,7 @@ class Compressor(nn.Module):
 
     name: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Signals that `compress` uses; "a|b" takes the first that the model offers."""
+    """Signals that `compress` uses; "a|b" takes the first that the model offers, "a|" does without where a is not offered."""
     has_ratio: ClassVar[bool] = True
     """False for a method with a rule of its own in place of keep_ratio."""
     identity_config: ClassVar[dict[str, Any]] = {"keep_ratio": 1}
@@ -131,7 +133,9 @@ class Compressor(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
         )
 
 
@@ -204,7 +208,9 @@ class Chain(Compressor):
         total = identity(tokens)
         for part in self.parts:
             if total.mask is not None:
-                raise ValueError("a chain on bare Tokens needs equal counts within the batch: pass items one by one, or install it in a model")
+                raise ValueError(
+                    "a chain on bare Tokens needs equal counts within the batch: pass items one by one, or install it in a model"
+                )
             step = part(tokens)
             tokens = tokens.take(step)
             slot = step.assignment.gather(1, total.assignment.clamp(min=0))
@@ -243,7 +249,8 @@ class TowerCompressor(Compressor):
 class CacheCompressor(Compressor):
     """Base of methods on keys and values after prefill (`placement="cache"`).
 
-    The payload differs per head: write `compress_cache(keys [B, H, N, d], values [B, H, N, d], scores [B, H, N]) -> index [B, H, K]`;
+    The payload differs per head: write `compress_cache(keys [B, H, N, d], values [B, H, N, d], scores [B, H, N]) ->
+    index [B, H, K]`;
     `compress_` refuses the placement until the cache seam exists.
     """
 

@@ -33,8 +33,7 @@ class Diversity(Selector):
 
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
-        # Every tower offers its features: "auto" then does without CLS logits, and never looks at them.
-        return {"cls": ("cls_logits",), "auto": ("cls_logits|tower",)}.get(str(self.first), ())
+        return {"cls": ("cls_logits",), "auto": ("cls_logits|",)}.get(str(self.first), ())
 
     def first_pick(self, tokens: Tokens) -> int | Tensor:
         """The column of the first pick, per item where it depends on the item."""

@@ -74,6 +74,7 @@ def test_first_cls_stays_within_the_thumbnail():
 
 def test_declared_signals():
     assert create("k_center", first=3).reads == () and create("k_center", first="cls").reads == ("cls_logits",)
+    assert create("k_center").reads == ("cls_logits|",)  # with CLS logits where the model has them
 
 
 def test_random_first_follows_the_seed():
