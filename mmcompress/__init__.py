@@ -14,5 +14,6 @@ from mmcompress.tokens import Reduction, Tokens
 __version__ = "0.1.0"
 __all__ = [
     "Compressor", "Merger", "Reduction", "Scorer", "Selector", "Tokens",
-    "apply_from_config", "compress_", "create", "from_pretrained", "list_methods", "num_kept", "register", "restore_", "save_pretrained",
+    "apply_from_config", "compress_", "create", "from_pretrained", "list_methods", "num_kept", "register", "restore_",
+    "save_pretrained",
 ]  # fmt: skip

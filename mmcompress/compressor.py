@@ -209,7 +209,7 @@ class Chain(Compressor):
         for part in self.parts:
             if total.mask is not None:
                 raise ValueError(
-                    "a chain on bare Tokens needs equal counts within the batch: pass items one by one, or install it in a model"
+                    "a chain on bare Tokens needs equal counts within the batch: pass items one by one or install it"
                 )
             step = part(tokens)
             tokens = tokens.take(step)

@@ -31,7 +31,8 @@ def save_pretrained(compressor: Compressor, folder: str | Path) -> None:
 
 
 def from_pretrained(folder: str | Path) -> Compressor:
-    """The compressor that `save_pretrained` wrote. Raises ValueError where the files are missing, broken or do not fit each other."""
+    """The compressor that `save_pretrained` wrote. Raises ValueError where the files are missing, broken or do not fit
+    each other."""
     from safetensors.torch import load_file
 
     path = Path(folder) / CONFIG
@@ -52,7 +53,7 @@ def from_pretrained(folder: str | Path) -> Compressor:
 
 
 def apply_from_config(model: Any) -> Any:
-    """Install the compressor that the model's config remembers from an earlier `compress_(…, remember=True)`; returns the model.
+    """Install the compressor that the model's config remembers from an earlier `compress_`; returns the model.
 
     Raises ValueError where the config holds none.
     """
@@ -61,6 +62,6 @@ def apply_from_config(model: Any) -> Any:
     config = getattr(getattr(model, "config", None), "mmcompress", None)
     if config is None:
         raise ValueError(
-            f"model.config.mmcompress must hold a compressor's configuration; {type(model).__name__} has none: use compress_(model, compressor)"
+            f"model.config.mmcompress must hold a configuration; {type(model).__name__} has none: use compress_(model, compressor)"
         )
     return compress_(model, from_config(config))

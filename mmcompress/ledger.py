@@ -1,8 +1,12 @@
-"""What really happened: tokens, sequence lengths, FLOPs and KV bytes of every prefill. Nothing else in the library counts tokens.
+"""What really happened: tokens, sequence lengths, FLOPs and KV bytes of every prefill. Nothing else in the library
+counts tokens.
 
-FLOPs are the closed form of the field, two per multiply-add, attention without the causal half: a decoder layer of width d, MLP width m,
-Hq query and Hk key heads of width e costs `4 n d e (Hq + Hk) + 6 n d m + 4 n² e Hq`, which is `2n(4d² + 3dm) + 4dn²` without grouped heads
-(GlobalCom², arXiv 2501.05179, tables 8-9). Embeddings, encoder and output head are not counted. KV bytes are `2 n e Hk` elements a layer.
+FLOPs are the closed form of the field, two per multiply-add, attention without the causal half: a decoder layer of
+width d, MLP width m,
+Hq query and Hk key heads of width e costs `4 n d e (Hq + Hk) + 6 n d m + 4 n² e Hq`, which is `2n(4d² + 3dm) + 4dn²`
+without grouped heads
+(GlobalCom², arXiv 2501.05179, tables 8-9). Embeddings, encoder and output head are not counted. KV bytes are `2 n e Hk`
+elements a layer.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Decoder:
-    """The language model's dimensions: layers L, width d, MLP width m, query heads, key heads, head width, bytes per cached number."""
+    """The language model's dimensions: layers L, width d, MLP width m, query heads, key heads, head width, bytes per
+    cached number."""
 
     layers: int
     width: int
@@ -50,7 +55,8 @@ class Decoder:
 
 @dataclass
 class ItemCount:
-    """One image, video or clip: tokens in, separators (all kept, counted apart), and tokens kept from each layer on ({0: …} is the prefill)."""
+    """One image, video or clip: tokens in, separators (all kept, counted apart), and tokens kept from each layer on
+    ({0: …} is the prefill)."""
 
     kind: str
     tokens_in: int
@@ -172,8 +178,8 @@ class Ledger:
             f"{t['tokens_in']} → {t['tokens_kept']} tokens ({100 * self.kept_ratio:.1f} %) + {t['separators']} separators, "
             f"sequence {t['sequence_in']} → {t['sequence_kept']:.0f}, "
             f"KV {_bytes(t['kv_bytes_in'])} → {_bytes(t['kv_bytes'])}, "
-            f"prefill {t['flops_in'] / 1e9:.1f} → {t['flops'] / 1e9:.1f} GFLOP (−{100 * (1 - t['flops'] / t['flops_in']):.0f} %)"
-            + (f", {t['prefills']} samples" if t["prefills"] > 1 else "")
+            f"prefill {t['flops_in'] / 1e9:.1f} → {t['flops'] / 1e9:.1f} GFLOP "
+            f"(−{100 * (1 - t['flops'] / t['flops_in']):.0f} %)" + (f", {t['prefills']} samples" if t["prefills"] > 1 else "")
         )
 
     __repr__ = __str__

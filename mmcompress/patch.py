@@ -36,7 +36,8 @@ def restore_(model: Any) -> Any:
 class installed:
     """`with compressor(model) as run`: installed inside the block, gone after it, also after an exception.
 
-    run.ledger: counts of every prefill. run.items: traces of the last prefill's items (sample, kind, layout, position [N, 3], group [N],
+    run.ledger: counts of every prefill. run.items: traces of the last prefill's items (sample, kind, layout, position
+    [N, 3], group [N],
     assignment [N], anchor [K]).
     """
 
@@ -85,7 +86,7 @@ def _install(model: Any, compressor: Compressor) -> Seam:
 
     if hasattr(model, "_orig_mod") or (hasattr(model, "modules") and is_compiled(model)):
         raise ValueError(
-            "model must not be compiled yet: install the compressor first and compile then (or call torch._dynamo.reset() and load it anew)"
+            "model must not be compiled yet: install the compressor first and compile then (or load the model anew)"
         )
     family(model)
     if (other := _seam(model)) is not None:

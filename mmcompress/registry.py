@@ -1,4 +1,5 @@
-"""Names of methods: `register`, `create`, `list_methods`. A method's file in `mmcompress/methods/` carries the registry's name."""
+"""Names of methods: `register`, `create`, `list_methods`. A method's file in `mmcompress/methods/` carries the
+registry's name."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _loaded = False
 
 
 def register(method: Callable) -> Callable:
-    """Enter a Compressor class under its name in snake_case (or its own `name`), or a function that returns a chain (a preset) under its own name.
+    """Enter a Compressor class under its name in snake_case (or its own `name`), or a function that returns a chain (a
+    preset) under its own name.
 
     Raises ValueError where the name is taken by something else.
     """

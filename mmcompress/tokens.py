@@ -30,8 +30,10 @@ class Layout:
 class Tokens:
     """A dense batch of items of one layout.
 
-    x [B, N, D]; position [B, N, 3] (t, h, w on the item's grid); group [B, N] (crop, frame or window; an AnyRes thumbnail is 0);
-    size [B, N] (how many inputs a token stands for); signals: name -> [B, N, ...] (or [B, T, D] for "text", padded with `text_mask`).
+    x [B, N, D]; position [B, N, 3] (t, h, w on the item's grid); group [B, N] (crop, frame or window; an AnyRes
+    thumbnail is 0);
+    size [B, N] (how many inputs a token stands for); signals: name -> [B, N, ...] (or [B, T, D] for "text", padded with
+    `text_mask`).
     """
 
     x: Tensor
@@ -43,7 +45,8 @@ class Tokens:
 
     @classmethod
     def of(cls, x: Tensor, layout: Layout | None = None, **signals: Tensor) -> Tokens:
-        """Wrap features [B, N, D] (or [N, D]) as single-view items: positions raster over the layout's grid where it has N cells, else 0…N-1 in t."""
+        """Wrap features [B, N, D] (or [N, D]) as single-view items: positions raster over the layout's grid where it
+        has N cells, else 0…N-1 in t."""
         x = x[None] if x.dim() == 2 else x
         B, N = x.shape[:2]
         layout = layout or Layout(grid=(N, 1, 1))
@@ -65,7 +68,14 @@ class Tokens:
         """The tokens after a reduction: position, group and signals are those of the anchors."""
         index = reduction.anchor
         signals = {k: v if k.startswith("text") else gather(v, index) for k, v in self.signals.items() if v is not None}
-        return replace(self, x=reduction.x, position=gather(self.position, index), group=gather(self.group, index), size=reduction.size, signals=signals)
+        return replace(
+            self,
+            x=reduction.x,
+            position=gather(self.position, index),
+            group=gather(self.group, index),
+            size=reduction.size,
+            signals=signals,
+        )
 
 
 @dataclass(frozen=True)
@@ -129,9 +139,11 @@ def keep_where(tokens: Tokens, kept: Tensor, num_kept: int | None = None) -> Red
 
 
 def merge(tokens: Tokens, assignment: Tensor, anchor: Tensor) -> Reduction:
-    """Average, weighted by size, the inputs that share an output: assignment [B, N] in 0…K-1 (-1 = dropped), anchor [B, K] ascending.
+    """Average, weighted by size, the inputs that share an output: assignment [B, N] in 0…K-1 (-1 = dropped), anchor [B,
+    K] ascending.
 
-    Sums run in float32 and are rounded once to the input's dtype. An output that nothing was assigned to is a ValueError of the method's making: it stays 0.
+    Sums run in float32 and are rounded once to the input's dtype. An output that nothing was assigned to is a
+    ValueError of the method's making: it stays 0.
     """
     B, K = anchor.shape
     weight = torch.where(assignment >= 0, tokens.size, 0)

@@ -1,4 +1,5 @@
-"""Which models can be compressed: `family(model)` finds the adapter, `families()` lists them. One file per family that differs."""
+"""Which models can be compressed: `family(model)` finds the adapter, `families()` lists them. One file per family that
+differs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def adapter(model_type: str) -> type:
 
 
 def family(model: Any) -> Any:
-    """The adapter for this model. Raises TypeError for what is no transformers model, ValueError for a family that is not supported."""
+    """The adapter for this model. Raises TypeError for what is no transformers model, ValueError for a family that is
+    not supported."""
     from torch import nn
 
     if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
@@ -29,7 +31,7 @@ def family(model: Any) -> Any:
     model_type = getattr(model.config, "model_type", None)
     if model_type not in ADAPTERS:
         raise ValueError(
-            f"model must be of a supported family ({', '.join(ADAPTERS)}), got {type(model).__name__} (model_type {model_type!r})"
+            f"model must be of a supported family ({', '.join(ADAPTERS)}), got {type(model).__name__} of type {model_type!r}"
         )
     if not hasattr(model, "generate"):
         raise ValueError(

@@ -15,7 +15,8 @@ from torch import Tensor
 class PromptState:
     """One reduction that the cache went through.
 
-    cut: the first layer that holds the reduced rows. length: columns before it, padding included. mask [B, rows after it]: real row or padding.
+    cut: the first layer that holds the reduced rows. length: columns before it, padding included. mask [B, rows after
+    it]: real row or padding.
     """
 
     cut: int

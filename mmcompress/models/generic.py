@@ -20,7 +20,8 @@ KINDS = ("image", "video", "audio")
 class ItemSpec:
     """How one item lies in its run of placeholder rows.
 
-    num_rows: rows of the run. layout, position [N, 3], group [N]: as in `Tokens`. rows [N]: which rows of the run are tokens (the others are separators).
+    num_rows: rows of the run. layout, position [N, 3], group [N]: as in `Tokens`. rows [N]: which rows of the run are
+    tokens (the others are separators).
     source [N]: the tokens' places in the flattened output of the encoder call(s) of this kind, or None.
     """
 
@@ -44,7 +45,8 @@ class ItemSpec:
 
 @dataclass
 class Call:
-    """What is noted of one call of the core: its arguments, ids on the host [B, S], 2-D mask, and what the taps saw per kind."""
+    """What is noted of one call of the core: its arguments, ids on the host [B, S], 2-D mask, and what the taps saw per
+    kind."""
 
     arguments: dict[str, Any]
     ids: Tensor | None
@@ -58,7 +60,8 @@ class Call:
 class Family:
     """One model family: where its parts are, which rows are items, which signals its encoder offers.
 
-    The base class serves every model whose core owns `get_*_features` and a text child, and whose items are runs of a placeholder id.
+    The base class serves every model whose core owns `get_*_features` and a text child, and whose items are runs of a
+    placeholder id.
     """
 
     name: ClassVar[str] = "generic"
@@ -77,15 +80,12 @@ class Family:
 
     def __init__(self, model: nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.core: nn.Module = next(
-            (c for c in (getattr(base, "model", None), getattr(base, "thinker", None)) if isinstance(c, nn.Module)), base
-        )
-        self.config = self.core.config
-        self.text: nn.Module = next(
-            (c for n in ("language_model", "text_model", "model") if isinstance(c := getattr(self.core, n, None), nn.Module)),
-            None,
-        )  # type: ignore[assignment]
-        self.layers = getattr(self.text, "layers", None)
+        children = (getattr(base, "model", None), getattr(base, "thinker", None))
+        self.core: Any = next((c for c in children if isinstance(c, nn.Module)), base)
+        self.config: Any = self.core.config
+        names = ("language_model", "text_model", "model")
+        self.text: Any = next((c for n in names if isinstance(c := getattr(self.core, n, None), nn.Module)), None)
+        self.layers: Any = getattr(self.text, "layers", None)
 
     # parts
 
@@ -109,7 +109,8 @@ class Family:
     # signals
 
     def signals(self) -> tuple[str, ...]:
-        """Names of the signals that the encoder offers, apart from "text" (always) and "query_attention" (before a decoder layer)."""
+        """Names of the signals that the encoder offers, apart from "text" (always) and "query_attention" (before a
+        decoder layer)."""
         tower = self.tower(self.core, self.modalities[0])
         has_cls = tower is not None and any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters())
         return tuple(s for s in self.offers if s != "cls_logits" or has_cls)
@@ -139,7 +140,8 @@ class Family:
         return [k for k in KINDS if call.arguments.get(self.inputs[k]) is not None and self.placeholder(k) is not None]
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
-        """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of unknown structure."""
+        """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of
+        unknown structure."""
         lengths = feature_lengths(call.features.get(kind))
         if lengths is None or sum(lengths) != num_rows:
             return None

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT: AnyRes crops. The packed rows of an image are the thumbnail, then the unpadded canvas with one newline after every row of it."""
+"""LLaVA-NeXT: AnyRes crops. The packed rows of an image are the thumbnail, then the unpadded canvas with one newline
+after every row of it."""
 
 from __future__ import annotations
 

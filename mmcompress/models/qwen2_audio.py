@@ -19,9 +19,7 @@ class Qwen2Audio(Family):
         _, lengths = self.encoder._get_feat_extract_output_lengths(mask.sum(-1))
         out = [ItemSpec.lattice(kind, (n, 1, 1), clip * self.steps) for clip, n in enumerate(lengths.tolist())]
         if num_rows < sum(s.num_rows for s in out):
-            raise ValueError(
-                "input_ids must hold one audio id per audio token (the processor's expanded form); got the legacy form with one id per clip"
-            )
+            raise ValueError("input_ids must hold one audio id per token (the processor's expanded form), got the legacy form")
         return out
 
     @property

@@ -17,7 +17,8 @@ def rows(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 
 
 def pack(valid: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """The kept rows of valid [B, S] moved together and padded again on their side: index [B, P], real [B, P]. One host read of P."""
+    """The kept rows of valid [B, S] moved together and padded again on their side: index [B, P], real [B, P]. One host
+    read of P."""
     count = valid.sum(1, keepdim=True)
     P = int(count.max())
     order = torch.argsort(valid.int(), dim=1, stable=True, descending=not left)  # stable: kept rows stay in order
@@ -34,7 +35,8 @@ def packed_column(valid: Tensor, real: Tensor, left: bool) -> Tensor:
 
 
 def restore(out: Any, source: Tensor) -> Any:
-    """Put outputs [B, P, …] back to S columns: a dropped column repeats the last kept row before it, so that `logits[s]` still predicts `labels[s + 1]`."""
+    """Put outputs [B, P, …] back to S columns: a dropped column repeats the last kept row before it, so that
+    `logits[s]` still predicts `labels[s + 1]`."""
     for name in ("last_hidden_state", "logits"):
         y = getattr(out, name, None)
         if y is not None:

@@ -12,9 +12,11 @@ BACKENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class watch:
-    """While open, `see(module, q [B, Hq, Tq, d], k [B, Hk, Tk, d], mask, scaling)` is called for attention inside the given modules.
+    """While open, `see(module, q [B, Hq, Tq, d], k [B, Hk, Tk, d], mask, scaling)` is called for attention inside the
+    given modules.
 
-    q and k come after projection and rotation. Entries of the attention table keep their names, so the choice of backend and mask is unchanged.
+    q and k come after projection and rotation. Entries of the attention table keep their names, so the choice of
+    backend and mask is unchanged.
     """
 
     def __init__(self, modules: Iterable[nn.Module], see: Callable[..., None]):
@@ -46,7 +48,8 @@ class watch:
 
 
 def row_attention(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | None, row: Tensor) -> Tensor:
-    """Attention probabilities [B, Hq, Tk] of one query row per sample (row [B]) in float32; causal where no mask says otherwise."""
+    """Attention probabilities [B, Hq, Tk] of one query row per sample (row [B]) in float32; causal where no mask says
+    otherwise."""
     B, Hq, Tq, d = q.shape
     Hk, Tk = k.shape[1:3]
     b = torch.arange(B, device=q.device)
@@ -63,7 +66,8 @@ def row_attention(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float | No
 
 
 def cls_logits(q: Tensor, k: Tensor, drop: int) -> Tensor:
-    """Head mean of the CLS row's scaled logits before softmax, float32 [B * (T - drop)] (GlobalCom²): q_cls · k_i / (H √d_h)."""
+    """Head mean of the CLS row's scaled logits before softmax, float32 [B * (T - drop)] (GlobalCom²): q_cls · k_i / (H
+    √d_h)."""
     H, d = q.shape[1], q.shape[-1]
     return (torch.einsum("bhd,bhtd->bt", q[:, :, 0].float(), k[:, :, drop:].float()) / (H * d**0.5)).flatten()
 

@@ -1,4 +1,5 @@
-"""Instance wrappers: bound methods in a module's `__dict__`, undone exactly. Hooks and class changes are ignored by compiled models, these are not."""
+"""Instance wrappers: bound methods in a module's `__dict__`, undone exactly. Hooks and class changes are ignored by
+compiled models, these are not."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch import nn
 
 
 class Wrapper:
-    """One replaced method of one module. `make(original)` gives the replacement; `self` inside is whatever module (or deep copy) is called."""
+    """One replaced method of one module. `make(original)` gives the replacement; `self` inside is whatever module (or
+    deep copy) is called."""
 
     def __init__(self, module: nn.Module, name: str, make: Callable[[nn.Module, Callable], Callable], owner: Any):
         inherited = module.__dict__.get(name)  # another library (accelerate) may have put one there
@@ -61,7 +63,8 @@ def owner_of(module: nn.Module, name: str = "forward") -> Any:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` is on the model or a part of it; cannot see a wrapper that `torch.compile(model)` returned elsewhere."""
+    """Whether `torch.compile` is on the model or a part of it; cannot see a wrapper that `torch.compile(model)`
+    returned elsewhere."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     return any(

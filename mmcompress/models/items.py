@@ -1,0 +1,129 @@
+"""Items on their way through the stages: from rows of the sequence to `Tokens`, and from a `Reduction` back to rows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcompress.compressor import Compressor
+from mmcompress.ledger import ItemCount
+from mmcompress.models.generic import ItemSpec
+from mmcompress.tokens import Layout, Reduction, Tokens
+
+
+@dataclass
+class Item:
+    """One item on its way through the stages; also the trace that `run.items` shows.
+
+    sample: batch row. position, group [N]: of all tokens that came in. assignment [N]: the output each went into (-1 =
+    dropped).
+    anchor [K]: the input tokens whose places the outputs have. columns [K]: where they stand now in the sequence.
+    """
+
+    sample: int
+    kind: str
+    layout: Layout
+    position: Tensor
+    group: Tensor
+    columns: Tensor
+    anchor: Tensor
+    assignment: Tensor
+    size: Tensor
+    signals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    count: ItemCount = field(default_factory=lambda: ItemCount("", 0))
+    x: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def kept(self) -> Tensor:
+        """[N] bool: tokens that stayed or went into one that did."""
+        return self.assignment >= 0
+
+    def reduce(self, new: Reduction, j: int) -> None:
+        """Take row j of a stage's result."""
+        mask = slice(None) if new.mask is None else new.mask[j]
+        anchor = new.anchor[j][mask]
+        self.x, self.size = new.x[j][mask], new.size[j][mask]
+        self.columns, self.anchor = self.columns[anchor], self.anchor[anchor]
+        self.assignment = torch.where(self.assignment >= 0, new.assignment[j][self.assignment.clamp(min=0)], -1)
+        self.signals = {k: v if k == "text" else v[anchor] for k, v in self.signals.items()}
+
+
+def run_stages(
+    stages: list[Compressor], items: list[Item], x: Tensor, reads: list[str], layer: int = 0
+) -> tuple[Tensor, Tensor]:
+    """x with the outputs written in (a new tensor), and which columns stay [B, S]."""
+    keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if not stages:
+        return x, keep
+    for item in items:
+        item.x = x[item.sample, item.columns]
+        keep[item.sample, item.columns] = False
+    for stage in stages:
+        buckets: dict[Any, list[Item]] = {}
+        for item in items:
+            if len(item.columns):
+                buckets.setdefault((item.layout, len(item.columns)), []).append(item)
+        for bucket in buckets.values():
+            result = check(stage, stage(stack(bucket, reads)), bucket)
+            for j, item in enumerate(bucket):
+                item.reduce(result, j)
+    b = torch.cat([torch.full_like(i.columns, i.sample) for i in items])
+    columns = torch.cat([i.columns for i in items])
+    keep[b, columns] = True
+    x = x.index_put((b, columns), torch.cat([i.x for i in items]).to(x.dtype))  # type: ignore[misc]
+    for item in items:
+        item.x = None
+        item.count.kept_from[layer] = len(item.columns)
+    return x, keep
+
+
+def stack(bucket: list[Item], reads: list[str]) -> Tokens:
+    """The items of one layout as a batch."""
+    first = bucket[0]
+    signals: dict[str, Tensor] = {}
+    for name in reads:
+        values = [i.signals[name] for i in bucket]
+        if name == "text":
+            signals["text"] = nn.utils.rnn.pad_sequence(values, batch_first=True)
+            signals["text_mask"] = nn.utils.rnn.pad_sequence(
+                [torch.ones(len(v), dtype=torch.bool, device=v.device) for v in values], batch_first=True
+            )
+        else:
+            signals[name] = torch.stack(values)
+    pick = lambda get: torch.stack([get(i)[i.anchor] for i in bucket])  # noqa: E731
+    return Tokens(
+        x=torch.stack([i.x for i in bucket]),  # type: ignore[misc]
+        position=pick(lambda i: i.position),
+        group=pick(lambda i: i.group),
+        size=torch.stack([i.size for i in bucket]),
+        layout=first.layout,
+        signals=signals,
+    )
+
+
+def check(stage: Compressor, result: Reduction, bucket: list[Item]) -> Reduction:
+    """Refuse a malformed reduction instead of running on with it."""
+    name, n = type(stage).name or type(stage).__name__, len(bucket[0].columns)
+    if not isinstance(result, Reduction):
+        raise TypeError(f"{name} must return a Reduction, got {type(result).__name__}")
+    B, K = result.anchor.shape
+    if len(bucket) != B or tuple(result.x.shape[:2]) != (B, K) or tuple(result.assignment.shape) != (B, n) or n < K:
+        raise ValueError(
+            f"{name} returned x {tuple(result.x.shape)}, anchor {(B, K)}, assignment {tuple(result.assignment.shape)} "
+            f"for {len(bucket)} items of {n} tokens"
+        )
+    return result
+
+
+def runs(kind: str, place: Tensor, S: int) -> list[ItemSpec]:
+    """Each run of neighbouring placeholder columns is one item of unknown structure."""
+    breaks = (place[1:] != place[:-1] + 1) | (place[1:] % S == 0)
+    edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(place)]
+    out = [ItemSpec.lattice(kind, (b - a, 1, 1)) for a, b in itertools.pairwise(edges)]
+    for spec in out:
+        spec.source = None
+    return out
