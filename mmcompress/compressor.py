@@ -25,7 +25,7 @@ def check_ratio(keep_ratio: Any, name: str = "keep_ratio") -> Fraction:
     """The exact decimal value of a ratio in (0, 1]. Raises TypeError or ValueError with the value got."""
     if isinstance(keep_ratio, (bool, str)) or not isinstance(keep_ratio, (Real, Fraction)):
         raise TypeError(f"{name} must be a number in (0, 1], got {keep_ratio!r}")
-    if not math.isfinite(keep_ratio) or not 0 < keep_ratio <= 1:
+    if not math.isfinite(keep_ratio) or not 0 < float(keep_ratio) <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {keep_ratio!r}")
     return Fraction(str(keep_ratio))
 

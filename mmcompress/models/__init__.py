@@ -15,7 +15,7 @@ ADAPTERS = {
 """config.model_type -> the adapter's place in this package."""
 
 
-def adapter(model_type: str) -> type:
+def adapter(model_type: str) -> Any:
     """The adapter class of a model type in ADAPTERS."""
     module, name = ADAPTERS[model_type].split(".")
     return getattr(importlib.import_module(f"mmcompress.models.{module}"), name)

@@ -72,7 +72,7 @@ class LogicalLength:
 
 
 @functools.cache
-def _logical(base: type) -> type:
+def _logical(base: Any) -> Any:
     return type("Logical" + base.__name__, (LogicalLength, base), {})
 
 
@@ -85,4 +85,5 @@ def remember(cache: Any, states: list[PromptState]) -> None:
     """Note on the cache what it holds now."""
     cache.reduced = states
     if not isinstance(cache, LogicalLength):
-        cache.__class__ = _logical(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _logical(kind)

@@ -78,7 +78,7 @@ class Family:
     offers: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[str] = ""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         children = (getattr(base, "model", None), getattr(base, "thinker", None))
         self.core: Any = next((c for c in children if isinstance(c, nn.Module)), base)
@@ -89,13 +89,13 @@ class Family:
 
     # parts
 
-    def placeholder(self, kind: str) -> int | None:
-        """The id that stands for one row of this kind."""
+    def placeholder(self, kind: str) -> int:
+        """The id that stands for one row of this kind, or -1."""
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             value = getattr(self.config, name, None)
             if isinstance(value, int):
                 return value
-        return None
+        return -1
 
     def tower(self, core: nn.Module, kind: str) -> nn.Module | None:
         """The encoder of this kind inside `core` (which may be a deep copy)."""
@@ -137,7 +137,7 @@ class Family:
 
     def kinds(self, call: Call) -> list[str]:
         """The kinds for which this call brings features."""
-        return [k for k in KINDS if call.arguments.get(self.inputs[k]) is not None and self.placeholder(k) is not None]
+        return [k for k in KINDS if call.arguments.get(self.inputs[k]) is not None and self.placeholder(k) >= 0]
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
         """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of

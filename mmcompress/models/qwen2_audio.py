@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcompress.models.generic import Call, Family, ItemSpec
 
@@ -23,7 +25,7 @@ class Qwen2Audio(Family):
         return out
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Any:
         return self.core.audio_tower  # type: ignore[return-value]
 
     @property

@@ -32,7 +32,7 @@ OFFERED_ANYWHERE = ("text",)
 class Seam:
     """A compressor installed in one model. Use `compress_`, `restore_` or `with compressor(model)`."""
 
-    def __init__(self, model: nn.Module, compressor: Compressor):
+    def __init__(self, model: Any, compressor: Compressor):
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.family: Family = find_family(model)
         self.compressor = compressor
@@ -40,7 +40,8 @@ class Seam:
         self.ledger = Ledger(Decoder.of(text_config, next(self.family.text.parameters()).element_size()))
         self.items: list[Item] = []
         self.calls: list[Call] = []
-        self.generating, self.mask2d = False, None
+        self.generating = False
+        self.mask2d: Tensor | None = None
         self.prompt = 0
         self.wrappers: list[Wrapper] = []
         self.forward_wrappers: list[Wrapper] = []
@@ -91,7 +92,7 @@ class Seam:
                 return one
         place = f"layer {layer}" if layer else "prefill"
         raise ValueError(
-            f"{name} reads the signal {wanted.replace('|', ' or ')!r}, which {self.family.name} models do not offer at {place}; "
+            f"{name} reads the signal {wanted.replace('|', ' or ')!r}, which {self.family.name} models lack at {place}; "
             f"offered: {', '.join(offered)}"
         )
 
@@ -195,7 +196,7 @@ class Seam:
 
         return run
 
-    def on_text(self, text: nn.Module, forward: Callable) -> Callable:
+    def on_text(self, text: Any, forward: Callable) -> Callable:
         def run(**kw):
             if not self.calls:
                 return forward(**kw)
@@ -299,7 +300,7 @@ class Seam:
                 b, at = int(at[0]) // S, at[spec.rows]
                 if int(at[-1]) // S != b:
                     raise ValueError(
-                        f"every {kind} item must lie within its sample; one of {spec.num_rows} rows begins in sample {b} and ends later"
+                        f"every {kind} item must lie within its sample, one of {spec.num_rows} rows leaves sample {b}"
                     )
                 if flat is None:
                     flat = {r: self.family.signal(call, kind, r) for r in self.encoder_reads}
@@ -315,7 +316,7 @@ class Seam:
 
     def places(self, call: Call, kind: str, host: Tensor) -> list[tuple[ItemSpec, Tensor]]:
         """Every item of a kind with the flat places of its rows in ids [B, S]."""
-        place = (host == self.family.placeholder(kind)).flatten().nonzero()[:, 0]
+        place = torch.eq(host, self.family.placeholder(kind)).flatten().nonzero()[:, 0]
         if not len(place):
             return []
         specs = self.family.specs(call, kind, len(place)) or runs(kind, place, host.shape[1])
