@@ -12,6 +12,7 @@ from mmcompress.ops import core
 @core.operator(
     "kmeans_pp(Tensor x, Tensor uniform, SymInt K, bool cosine=False, float eps=0.0, bool check=True) -> Tensor",
     lambda x, uniform, K, cosine=False, eps=0.0, check=True: x.new_empty((K,), dtype=torch.int64),
+    "Tensor x, Tensor uniform, bool cosine, float eps, bool check, Tensor(a!) picks, Tensor(b!) bad",
 )
 def _kmeans_pp(x, uniform, K, cosine=False, eps=0.0, check=True):
     """Seeds: row floor(uniform_0 N), then inverse-CDF sampling on the running minimum squared distance + eps."""
@@ -26,9 +27,10 @@ def _kmeans_pp(x, uniform, K, cosine=False, eps=0.0, check=True):
         raise ValueError(f"uniform must be in [0, 1), got {uniform.min():.6g} to {uniform.max():.6g}")
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    uniform = uniform.double()
+    uniform = uniform.double().contiguous()
     if compiled := core.kernel("kmeans_pp", x):
-        out, bad = compiled(x, uniform, K, cosine, eps, check)
+        out, bad = torch.empty(K, dtype=torch.int64, device=x.device), core.new_flags(x)
+        compiled(x, uniform, cosine, eps, check, out, bad)
         if check:
             core.raise_not_finite(bad, "x")
         return out
@@ -58,9 +60,64 @@ def _kmeans_pp(x, uniform, K, cosine=False, eps=0.0, check=True):
     return picks
 
 
+def _fake_lloyd(x, init, offsets, iterations, cosine=True, check=True):
+    assignment, size = x.new_empty((x.shape[0],), dtype=torch.int64), x.new_empty((init.shape[0],), dtype=torch.int64)
+    return assignment, torch.empty_like(init), size
+
+
+@core.operator(
+    "kmeans_lloyd(Tensor x, Tensor init, Tensor offsets, int iterations, bool cosine=True, bool check=True)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_lloyd,
+    "Tensor x, Tensor offsets, int iterations, bool cosine, bool check,"
+    " Tensor(a!) centroid, Tensor(b!) assignment, Tensor(c!) size, Tensor(d!) bad",
+)
+def _kmeans_lloyd(x, init, offsets, iterations, cosine=True, check=True):
+    """Assign and update `iterations` times: (assignment [M] local to the item, centroids [B K, D], sizes [B K])."""
+    x, init = core.check_rows(x), core.check_rows(init, "init").contiguous()
+    core.check_offsets(offsets, len(x), x.device)
+    num_items, centroids = len(offsets) - 1, torch.float64 if x.dtype == torch.float64 else torch.float32
+    if init.shape[1] != x.shape[1] or init.device != x.device or (len(init) % num_items if num_items else len(init)):
+        want = f"[B K, D] with B = {num_items}, D = {x.shape[1]}, on x's device"
+        raise ValueError(f"init must have shape {want}, got {list(init.shape)}")
+    if init.dtype != centroids:
+        raise TypeError(f"init must be {centroids}, got {init.dtype}")
+    if len(x) and not len(init):
+        raise ValueError("init must have at least one row per item, got none")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if check:
+        core.check_finite(init, "init")
+    if (compiled := core.kernel("kmeans_lloyd", x)) and x.device.type == "cpu":
+        (assignment, _, size), bad, centroid = _fake_lloyd(x, init, offsets, iterations), core.new_flags(x), init.clone()
+        compiled(x, offsets, iterations, cosine, check, centroid, assignment, size, bad)
+        if check:
+            core.raise_not_finite(bad, "x")
+        return assignment, centroid, size
+    if check:
+        core.check_finite(x)
+    k = len(init) // max(num_items, 1)
+    out_ends = torch.arange(num_items + 1, device=x.device) * k
+    shift = torch.searchsorted(offsets[1:], torch.arange(len(x), device=x.device), right=True) * k
+    rows, centroid = x.to(centroids), init
+    # the mean of unit rows: weights 1 / norm, then the sum of weights over the count
+    weight = core.reciprocal_norm(rows) if cosine else None
+    size = torch.zeros(len(init), dtype=torch.int64, device=x.device)
+    assignment = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    for _ in range(iterations):
+        bias = None if cosine else centroid.square().sum(-1) / -2
+        _, assignment = torch.ops.mmcompress.similarity_argmax(rows, centroid, offsets, out_ends, cosine, bias, False)
+        mean, weights = torch.ops.mmcompress.merge_mean(rows, assignment + shift, len(init), weight, False)
+        size = torch.zeros_like(size).index_add(0, assignment + shift, torch.ones_like(assignment))
+        if cosine:
+            mean = mean * (weights / size.clamp(min=1))[:, None]
+        centroid = torch.where(size[:, None] > 0, mean, centroid)
+    return assignment, centroid.clone(), size
+
+
 class KMeans(NamedTuple):
     assignment: Tensor  # [B, N] cluster of every row under the centroids before the last update
-    centroid: Tensor  # [B, K, D] in x's dtype: mean of the rows, of the unit rows if the metric is cosine
+    centroid: Tensor  # [B, K, D] float32: mean of the rows, of the unit rows if the metric is cosine
     size: Tensor  # [B, K] int64
 
 
@@ -79,7 +136,7 @@ def kmeans(
     fresh one, seed 0).
 
     x [N, D], [B, N, D] or ragged [M, D] with offsets. An empty cluster keeps its centroid; ties go to the lowest cluster.
-    Centroids are kept in x's dtype. Not differentiable.
+    Centroids are float32 whatever x is. Not differentiable.
     """
     cosine = core.is_cosine(metric)
     rows, ends, num_items = core.pack(x.detach(), offsets)
@@ -98,33 +155,13 @@ def kmeans(
             seeds.append(
                 part.start + torch.ops.mmcompress.kmeans_pp(rows[part], uniform[item], num_clusters, cosine, 0.0, check_finite)
             )
-        centroid = rows[torch.cat(seeds)] if seeds else rows[:0]
-    else:
-        if init.shape != (*((num_items,) if offsets is not None or x.dim() == 3 else ()), num_clusters, width):
-            raise ValueError(f"init must have shape [K, D] = {[num_clusters, width]} per item, got {list(init.shape)}")
-        centroid = init.detach().to(rows.dtype).reshape(num_items * num_clusters, width)
-        if check_finite:
-            core.check_finite(centroid, "init")
-    total = num_items * num_clusters
-    out_ends = torch.arange(num_items + 1, device=x.device) * num_clusters
-    shift = 0
-    if num_items != 1:
-        item = torch.searchsorted(ends[1:], torch.arange(len(rows), device=x.device), right=True)
-        shift = item * num_clusters
-    value = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    # the mean of unit rows, without a normalised copy: weights 1 / norm, and at the end the sum of weights over the count
-    weight = core.reciprocal_norm(rows.to(value)) if cosine else None
-    for step in range(num_iterations):
-        bias = None if cosine else centroid.to(value).square().sum(-1) / -2
-        _, local = torch.ops.mmcompress.similarity_argmax(
-            rows, centroid, ends, out_ends, cosine, bias, check_finite and step == 0
-        )
-        assignment = local + shift
-        mean, weights = torch.ops.mmcompress.merge_mean(rows, assignment, total, weight, False)
-        count = torch.zeros(total, dtype=torch.int64, device=x.device).index_add(0, assignment, torch.ones_like(assignment))
+        init = rows[torch.cat(seeds)] if seeds else rows[:0]
         if cosine:
-            mean = (mean * (weights / count.clamp(min=1))[:, None]).to(rows.dtype)
-        centroid = torch.where(count[:, None] > 0, mean, centroid)
+            init = init * core.reciprocal_norm(core.narrow(init, init.dtype))[:, None]
+    elif init.shape != (*((num_items,) if offsets is not None or x.dim() == 3 else ()), num_clusters, width):
+        raise ValueError(f"init must have shape [K, D] = {[num_clusters, width]} per item, got {list(init.shape)}")
+    start = core.narrow(init.detach().reshape(num_items * num_clusters, width), rows.dtype).to(rows.device)
+    assignment, centroid, size = torch.ops.mmcompress.kmeans_lloyd(rows, start, ends, num_iterations, cosine, check_finite)
     if offsets is not None or x.dim() == 3:
-        centroid, count = centroid.reshape(num_items, num_clusters, width), count.reshape(num_items, num_clusters)
-    return KMeans(core.unpack(local, x, offsets, local=False), centroid, count)
+        centroid, size = centroid.reshape(num_items, num_clusters, width), size.reshape(num_items, num_clusters)
+    return KMeans(core.unpack(assignment, x, offsets, local=False), centroid, size)

@@ -17,16 +17,21 @@ from torch import Tensor
 LEVELS = ("avx512", "avx2", "scalar", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
+ZERO = 1e-12  # rows of at most this norm count as zero rows
 TIE = 1e-6  # distances below this share of the norms are rounding noise: they count as zero
 
 _library = torch.library.Library("mmcompress", "DEF")
+_kernels = torch.library.Library("mmcompress_kernels", "DEF")  # outputs are arguments: allocated here, written there
 _names: list[str] = []
 _errors: dict[str, str] = {}  # device type → why its library is not loaded
 _level = "avx512"
 
 
-def operator(schema: str, fake: Callable) -> Callable:
-    """Define `mmcompress::<schema>` with the decorated function for every device and `fake` for tracing."""
+def operator(schema: str, fake: Callable, kernel: str) -> Callable:
+    """Define `mmcompress::<schema>` with the decorated function for every device and `fake` for tracing.
+
+    `kernel` lists the arguments of the compiled form, inputs first, as in "Tensor x, bool check, Tensor(a!) out".
+    """
 
     def register(function: Callable) -> Callable:
         name = schema.split("(")[0]
@@ -34,13 +39,15 @@ def operator(schema: str, fake: Callable) -> Callable:
         _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mmcompress::{name}", fake, lib=_library)
+        _kernels.define(f"{name}({kernel}) -> ()")
         return function
 
     return register
 
 
 def load() -> None:
-    """Load the compiled libraries that are installed; what fails is kept for `status`."""
+    """Load the compiled libraries that are there, once all operators are defined; what fails is kept for `status`."""
+    _kernels.define("set_cpu_level(int highest) -> int")
     for device, module in (("cpu", "_C"), ("cuda", "_C_cuda")):
         try:
             importlib.import_module(f"mmcompress.{module}")
@@ -58,7 +65,7 @@ def kernel(name: str, *tensors: Tensor) -> Callable | None:
         return None
     if device == "cpu" and _level == "reference":
         return None
-    return getattr(torch.ops.mmcompress_kernels, name)
+    return getattr(torch.ops.mmcompress_kernels, name).default
 
 
 def set_cpu_level(level: str) -> str:
@@ -162,6 +169,11 @@ def first_not_finite(x: Tensor) -> Tensor:
     return torch.where(bad.any(), bad.int().argmax(), -1) if len(x) else torch.full((), -1, device=x.device)
 
 
+def new_flags(x: Tensor, num: int = 1) -> Tensor:
+    """Where a kernel writes the first row that is not finite, one per checked input."""
+    return torch.full((num,), -1, dtype=torch.int64, device=x.device)
+
+
 def check_finite(x: Tensor, name: str = "x") -> None:
     raise_not_finite(first_not_finite(x), name)
 
@@ -180,9 +192,9 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def reciprocal_norm(x: Tensor) -> Tensor:
-    """1 / norm of every row; 0 for a zero row, which so has similarity 0 to everything."""
+    """1 / norm of every row; 0 for a zero row, which therefore has similarity 0 to everything."""
     norm = x.norm(dim=-1)
-    return torch.where(norm > 0, 1 / norm, 0)
+    return torch.where(norm > ZERO, 1 / norm, 0)
 
 
 def items(offsets: Tensor, *more: Tensor) -> list[tuple[slice, ...]]:

@@ -20,9 +20,16 @@ def _fake(x, offsets, k, check=True):
     return x.new_empty((x.shape[0],), dtype=value), x.new_empty((x.shape[0],), dtype=value)
 
 
-@core.operator("dpc_knn(Tensor x, Tensor offsets, SymInt k, bool check=True) -> (Tensor, Tensor)", _fake)
+@core.operator(
+    "dpc_knn(Tensor x, Tensor offsets, SymInt k, bool check=True) -> (Tensor, Tensor)",
+    _fake,
+    "Tensor x, Tensor offsets, int k, bool check, Tensor(a!) density, Tensor(b!) delta, Tensor(c!) bad",
+)
 def _dpc_knn(x, offsets, k, check=True):
-    """Log density = - the mean of the k smallest squared distances over D (self included); and distance to the nearest denser row."""
+    """Log density and distance to the nearest denser row.
+
+    Log density = minus the mean of the k smallest squared distances over D, self included.
+    """
     x = core.check_rows(x)
     core.check_offsets(offsets, len(x), x.device)
     if x.device.type == "cpu":
@@ -30,7 +37,8 @@ def _dpc_knn(x, offsets, k, check=True):
             if n and not 1 <= k <= n:
                 raise ValueError(f"num_neighbors must be between 1 and N = {n} in item {item}, got {k}")
     if compiled := core.kernel("dpc_knn", x):
-        density, delta, bad = compiled(x, offsets, k, check)
+        (density, delta), bad = _fake(x, offsets, k), core.new_flags(x)
+        compiled(x, offsets, k, check, density, delta, bad)
         if check:
             core.raise_not_finite(bad, "x")
         return density, delta

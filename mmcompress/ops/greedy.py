@@ -35,14 +35,16 @@ def _check(x, offsets, out_offsets, num_out, start):
 
 
 @core.operator(
-    "k_center(Tensor x, Tensor offsets, Tensor out_offsets, SymInt num_out, Tensor? start=None, bool cosine=True, bool check=True)"
-    " -> Tensor",
+    "k_center(Tensor x, Tensor offsets, Tensor out_offsets, SymInt num_out, Tensor? start=None, bool cosine=True,"
+    " bool check=True) -> Tensor",
     _fake,
+    "Tensor x, Tensor offsets, Tensor out_offsets, Tensor? start, bool cosine, bool check, Tensor(a!) picks, Tensor(b!) bad",
 )
 def _k_center(x, offsets, out_offsets, num_out, start=None, cosine=True, check=True):
     x = _check(x, offsets, out_offsets, num_out, start)
     if compiled := core.kernel("k_center", x):
-        out, bad = compiled(x, offsets, out_offsets, num_out, start, cosine, check)
+        out, bad = _fake(x, offsets, out_offsets, num_out), core.new_flags(x)
+        compiled(x, offsets, out_offsets, start, cosine, check, out, bad)
         if check:
             core.raise_not_finite(bad, "x")
         return out
@@ -66,9 +68,8 @@ def k_center_reference(x: Tensor, k: int, start: int | Tensor = 0, cosine: bool 
     pick = torch.as_tensor(start, device=x.device)
     for step in range(k):
         picks[step] = pick
-        limit = half + half[pick]
-        new = limit - x @ x[pick]
-        distance = torch.minimum(distance, core.narrow(torch.where(new > core.TIE * limit, new, 0), dtype))
+        new = half + half[pick] - x @ x[pick]
+        distance = torch.minimum(distance, core.narrow(torch.where(new > core.TIE * 2 * half, new, 0), dtype))
         distance[pick] = -1  # never twice, also among duplicates
         pick = distance.argmax()  # the first of equal values
     return picks
@@ -77,11 +78,13 @@ def k_center_reference(x: Tensor, k: int, start: int | Tensor = 0, cosine: bool 
 @core.operator(
     "max_sum(Tensor x, Tensor offsets, Tensor out_offsets, SymInt num_out, Tensor? start=None, bool check=True) -> Tensor",
     _fake,
+    "Tensor x, Tensor offsets, Tensor out_offsets, Tensor? start, bool check, Tensor(a!) picks, Tensor(b!) bad",
 )
 def _max_sum(x, offsets, out_offsets, num_out, start=None, check=True):
     x = _check(x, offsets, out_offsets, num_out, start)
     if compiled := core.kernel("max_sum", x):
-        out, bad = compiled(x, offsets, out_offsets, num_out, start, check)
+        out, bad = _fake(x, offsets, out_offsets, num_out), core.new_flags(x)
+        compiled(x, offsets, out_offsets, start, check, out, bad)
         if check:
             core.raise_not_finite(bad, "x")
         return out

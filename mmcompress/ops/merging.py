@@ -8,12 +8,15 @@ from torch import Tensor
 from mmcompress.ops import core
 
 
+def _fake(x, assignment, num_out, size=None, check=True):
+    total = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((num_out, x.shape[1])), x.new_empty((num_out,), dtype=total)
+
+
 @core.operator(
     "merge_mean(Tensor x, Tensor assignment, SymInt num_out, Tensor? size=None, bool check=True) -> (Tensor, Tensor)",
-    lambda x, assignment, num_out, size=None, check=True: (
-        x.new_empty((num_out, x.shape[1])),
-        x.new_empty((num_out,), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32),
-    ),
+    _fake,
+    "Tensor x, Tensor assignment, Tensor? size, bool check, Tensor(a!) mean, Tensor(b!) total, Tensor(c!) bad",
 )
 def _merge_mean(x, assignment, num_out, size=None, check=True):
     x = core.check_rows(x)
@@ -31,9 +34,10 @@ def _merge_mean(x, assignment, num_out, size=None, check=True):
             raise ValueError(
                 f"size must be floating point of shape [M] = {[len(x)]} on x's device, got {size.dtype} {list(size.shape)}"
             )
-        size = size.float() if x.dtype != torch.float64 else size.double()
+        size = (size.float() if x.dtype != torch.float64 else size.double()).contiguous()
     if compiled := core.kernel("merge_mean", x):
-        out, total, bad = compiled(x, assignment, num_out, size, check)
+        (out, total), bad = _fake(x, assignment, num_out), core.new_flags(x)
+        compiled(x, assignment.contiguous(), size, check, out, total, bad)
         if check:
             core.raise_not_finite(bad, "the merged x")
         return out, total

@@ -8,12 +8,15 @@ from torch import Tensor
 from mmcompress.ops import core
 
 
+def _fake(x, offsets, k, check=True):
+    value = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], k), dtype=value), x.new_empty((x.shape[0], k), dtype=torch.int64)
+
+
 @core.operator(
     "cosine_top_k(Tensor x, Tensor offsets, SymInt k, bool check=True) -> (Tensor, Tensor)",
-    lambda x, offsets, k, check=True: (
-        x.new_empty((x.shape[0], k), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32),
-        x.new_empty((x.shape[0], k), dtype=torch.int64),
-    ),
+    _fake,
+    "Tensor x, Tensor offsets, int k, bool check, Tensor(a!) value, Tensor(b!) index, Tensor(c!) bad",
 )
 def _cosine_top_k(x, offsets, k, check=True):
     x = core.check_rows(x)
@@ -23,14 +26,14 @@ def _cosine_top_k(x, offsets, k, check=True):
             if n and not 1 <= k <= n - 1:
                 raise ValueError(f"k must be between 1 and N - 1 = {n - 1} in item {item}, got {k}")
     if compiled := core.kernel("cosine_top_k", x):
-        value, index, bad = compiled(x, offsets, k, check)
+        (value, index), bad = _fake(x, offsets, k), core.new_flags(x)
+        compiled(x, offsets, k, check, value, index, bad)
         if check:
             core.raise_not_finite(bad, "x")
         return value, index
     if check:
         core.check_finite(x)
-    value = torch.empty(len(x), k, dtype=core.narrow(x[:0], x.dtype).dtype, device=x.device)
-    index = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    value, index = _fake(x, offsets, k)
     for (rows,) in core.items(offsets):
         y = core.wide(x[rows])
         y = y * core.reciprocal_norm(y)[:, None]

@@ -12,6 +12,7 @@ from mmcompress.ops import core
 @core.operator(
     "top_rows(Tensor score, Tensor offsets, Tensor out_offsets, SymInt num_out, bool check=True) -> Tensor",
     lambda score, offsets, out_offsets, num_out, check=True: score.new_empty((num_out,), dtype=torch.int64),
+    "Tensor score, Tensor offsets, Tensor out_offsets, bool check, Tensor(a!) rows, Tensor(b!) bad",
 )
 def _top_rows(score, offsets, out_offsets, num_out, check=True):
     if score.dim() != 1 or score.dtype not in core.DTYPES:
@@ -21,7 +22,8 @@ def _top_rows(score, offsets, out_offsets, num_out, check=True):
     core.check_counts(offsets, out_offsets, num_out)
     score = score.contiguous()
     if compiled := core.kernel("top_rows", score):
-        out, bad = compiled(score, offsets, out_offsets, num_out, check)
+        out, bad = offsets.new_empty(num_out), core.new_flags(score)
+        compiled(score, offsets, out_offsets, check, out, bad)
         if check:
             _raise_nan(bad)
         return out
@@ -48,12 +50,14 @@ def ranked_rows(score: Tensor, offsets: Tensor, out_offsets: Tensor, num_out: in
     return order[offsets[item] + out - out_offsets[item]]
 
 
+def _fake_gather(x, positions, index):
+    return x.new_empty((index.shape[0], x.shape[1])), positions.new_empty((*positions.shape[:-1], index.shape[0]))
+
+
 @core.operator(
     "gather_rows(Tensor x, Tensor positions, Tensor index) -> (Tensor, Tensor)",
-    lambda x, positions, index: (
-        x.new_empty((index.shape[0], x.shape[1])),
-        positions.new_empty((*positions.shape[:-1], index.shape[0])),
-    ),
+    _fake_gather,
+    "Tensor x, Tensor positions, Tensor index, Tensor(a!) rows, Tensor(b!) out_positions",
 )
 def _gather_rows(x, positions, index):
     x = core.check_rows(x)
@@ -66,7 +70,9 @@ def _gather_rows(x, positions, index):
     if x.device.type == "cpu" and len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(x)):
         raise ValueError(f"index must be between 0 and M - 1 = {len(x) - 1}, got {int(index.min())} to {int(index.max())}")
     if (compiled := core.kernel("gather_rows", x)) and positions.dtype == torch.int64:
-        return compiled(x, positions, index)
+        rows, places = _fake_gather(x, positions, index)
+        compiled(x, positions, index.contiguous(), rows, places)
+        return rows, places
     return x.index_select(0, index), positions.index_select(-1, index)
 
 

@@ -22,6 +22,8 @@ def _fake(a, b, a_offsets, b_offsets, cosine=True, bias=None, check=True):
     "similarity_argmax(Tensor a, Tensor b, Tensor a_offsets, Tensor b_offsets, bool cosine=True, Tensor? bias=None,"
     " bool check=True) -> (Tensor, Tensor)",
     _fake,
+    "Tensor a, Tensor b, Tensor a_offsets, Tensor b_offsets, bool cosine, Tensor? bias, bool check,"
+    " Tensor(a!) value, Tensor(b!) index, Tensor(c!) bad",
 )
 def _similarity_argmax(a, b, a_offsets, b_offsets, cosine=True, bias=None, check=True):
     a, b = core.check_rows(a, "a"), core.check_rows(b, "b")
@@ -37,13 +39,14 @@ def _similarity_argmax(a, b, a_offsets, b_offsets, cosine=True, bias=None, check
             raise ValueError(
                 f"bias must be floating point of shape [rows of b] = {[len(b)]} on a's device, got {list(bias.shape)}"
             )
-        bias = bias.float() if a.dtype != torch.float64 else bias.double()
+        bias = (bias.float() if a.dtype != torch.float64 else bias.double()).contiguous()
     if a.device.type == "cpu":
         for item, (n, m) in enumerate(zip(a_offsets.diff().tolist(), b_offsets.diff().tolist(), strict=True)):
             if n and not m:
                 raise ValueError(f"b must have at least one row in every item, got none in item {item}")
     if compiled := core.kernel("similarity_argmax", a, b):
-        value, index, bad = compiled(a, b, a_offsets, b_offsets, cosine, bias, check)
+        (value, index), bad = _fake(a, b, a_offsets, b_offsets), core.new_flags(a, 2)
+        compiled(a, b, a_offsets, b_offsets, cosine, bias, check, value, index, bad)
         if check:
             core.raise_not_finite(bad[0], "a")
             core.raise_not_finite(bad[1], "b")

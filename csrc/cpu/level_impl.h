@@ -1,0 +1,259 @@
+// The inner loops as templates over a vector type S, included by one source file per instruction set, inside an anonymous namespace and
+// that set's target pragma. (No other header may be included there: inline functions of the standard library would be compiled for it.)
+//
+// S has: Sum (float accumulator), Data (a vector of words), kLanes, kVectors (per panel), zero, load, broadcast, multiply_add, sum.
+
+template <class S, int R>
+void tile_rows(const float* a, int64_t a_stride, const float* b, int64_t words, float* c, bool add) {
+  typename S::Sum sum[R][S::kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) sum[r][v] = S::zero();
+  for (int64_t w = 0; w < words; ++w) {
+    typename S::Data column[S::kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) column[v] = S::load(b + (w * S::kVectors + v) * S::kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename S::Data row = S::broadcast(a + r * a_stride + w);
+#pragma GCC unroll 4
+      for (int v = 0; v < S::kVectors; ++v) sum[r][v] = S::multiply_add(row, column[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVectors; ++v) {
+      float* to = c + r * kCols + v * S::kLanes;
+      S::store(to, add ? S::plus(S::load_sum(to), sum[r][v]) : sum[r][v]);
+    }
+}
+
+template <class S>
+void tile(const float* a, int64_t a_stride, int rows, const float* b, int panels, int64_t words, float* c) {
+  constexpr int64_t kBlock = 256;  // words: 16 KiB of a 16-column panel stay in the first-level cache
+  constexpr int kPanel = S::kVectors * S::kLanes;
+  for (int64_t w = 0; w < words; w += kBlock) {
+    const int64_t block = words - w < kBlock ? words - w : kBlock;
+    for (int p = 0; p < panels; ++p) {
+      const float* panel = b + (p * words + w) * kPanel;
+      int r = 0;
+      for (; r + 6 <= rows; r += 6) tile_rows<S, 6>(a + r * a_stride + w, a_stride, panel, block, c + r * kCols + p * kPanel, w > 0);
+      const float* rest = a + r * a_stride + w;
+      float* to = c + r * kCols + p * kPanel;
+      switch (rows - r) {
+        case 1: tile_rows<S, 1>(rest, a_stride, panel, block, to, w > 0); break;
+        case 2: tile_rows<S, 2>(rest, a_stride, panel, block, to, w > 0); break;
+        case 3: tile_rows<S, 3>(rest, a_stride, panel, block, to, w > 0); break;
+        case 4: tile_rows<S, 4>(rest, a_stride, panel, block, to, w > 0); break;
+        case 5: tile_rows<S, 5>(rest, a_stride, panel, block, to, w > 0); break;
+        default: break;
+      }
+    }
+  }
+}
+
+template <class S, int A, int B>
+void dot_rows(const float* const* a, const float* const* b, int64_t words, float* out, int64_t out_stride) {
+  typename S::Sum sum[A][B];
+#pragma GCC unroll 4
+  for (int i = 0; i < A; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < B; ++j) sum[i][j] = S::zero();
+  int64_t w = 0;
+  for (; w + S::kLanes <= words; w += S::kLanes) {
+    typename S::Data column[B];
+#pragma GCC unroll 4
+    for (int j = 0; j < B; ++j) column[j] = S::load(b[j] + w);
+#pragma GCC unroll 4
+    for (int i = 0; i < A; ++i) {
+      const typename S::Data row = S::load(a[i] + w);
+#pragma GCC unroll 4
+      for (int j = 0; j < B; ++j) sum[i][j] = S::multiply_add(row, column[j], sum[i][j]);
+    }
+  }
+  if (w < words) {  // the last, partial vector is filled up with zeros
+    float padded[A + B][S::kLanes] = {};
+    for (int i = 0; i < A; ++i) __builtin_memcpy(padded[i], a[i] + w, (words - w) * sizeof(float));
+    for (int j = 0; j < B; ++j) __builtin_memcpy(padded[A + j], b[j] + w, (words - w) * sizeof(float));
+    for (int i = 0; i < A; ++i)
+      for (int j = 0; j < B; ++j) sum[i][j] = S::multiply_add(S::load(padded[i]), S::load(padded[A + j]), sum[i][j]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < A; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < B; ++j) out[i * out_stride + j] = S::total(sum[i][j]);
+}
+
+template <class S, int A>
+void dot_columns(const float* const* a, const float* const* b, int num_b, int64_t words, float* out, int64_t out_stride) {
+  int j = 0;
+  for (; j + 3 <= num_b; j += 3) dot_rows<S, A, 3>(a, b + j, words, out + j, out_stride);
+  if (num_b - j == 1) dot_rows<S, A, 1>(a, b + j, words, out + j, out_stride);
+  if (num_b - j == 2) dot_rows<S, A, 2>(a, b + j, words, out + j, out_stride);
+}
+
+template <class S>
+void dots(const float* const* a, int num_a, const float* const* b, int num_b, int64_t words, float* out, int64_t out_stride) {
+  int i = 0;
+  for (; i + 4 <= num_a; i += 4) dot_columns<S, 4>(a + i, b, num_b, words, out + i * out_stride, out_stride);
+  switch (num_a - i) {
+    case 1: dot_columns<S, 1>(a + i, b, num_b, words, out + i * out_stride, out_stride); break;
+    case 2: dot_columns<S, 2>(a + i, b, num_b, words, out + i * out_stride, out_stride); break;
+    case 3: dot_columns<S, 3>(a + i, b, num_b, words, out + i * out_stride, out_stride); break;
+    default: break;
+  }
+}
+
+template <class S>
+void argmax(const float* c, const float* scale, const float* bias, int columns, int64_t first_column, float* best, int64_t* index) {
+  float value[kCols];
+  typename S::Sum largest = S::set(*best);
+  for (int j = 0; j < columns; j += S::kLanes) {
+    const typename S::Sum v = S::plus(S::times(S::load_sum(c + j), S::load_sum(scale + j)), S::load_sum(bias + j));
+    S::store(value + j, v);
+    largest = S::larger(v, largest);
+  }
+  const float top = S::largest(largest);
+  if (!(top > *best)) return;
+  for (int j = 0; j < columns; ++j)
+    if (value[j] == top) {
+      *best = top;
+      *index = first_column + j;
+      return;
+    }
+}
+
+// Rows in their own type. Tails go through single elements.
+
+inline float element(const void* row, Element type, int64_t i) {
+  if (type == Element::f32) {
+    float x;
+    __builtin_memcpy(&x, static_cast<const char*>(row) + 4 * i, 4);
+    return x;
+  }
+  uint16_t bits;
+  __builtin_memcpy(&bits, static_cast<const char*>(row) + 2 * i, 2);
+  uint32_t wide;
+  float x;
+  if (type == Element::bf16) {
+    wide = static_cast<uint32_t>(bits) << 16;
+    __builtin_memcpy(&x, &wide, 4);
+    return x;
+  }
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent == 0) {  // zero and subnormal numbers: fraction 2^-24
+    x = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    return sign ? -x : x;
+  }
+  wide = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+  __builtin_memcpy(&x, &wide, 4);
+  return x;
+}
+
+inline void set_element(void* row, Element type, int64_t i, float x) {
+  if (type == Element::f32) {
+    __builtin_memcpy(static_cast<char*>(row) + 4 * i, &x, 4);
+    return;
+  }
+  uint32_t wide;
+  __builtin_memcpy(&wide, &x, 4);
+  uint16_t bits;
+  if (type == Element::bf16) {
+    bits = static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+  } else {
+    const uint32_t sign = (wide >> 16) & 0x8000, magnitude = wide & 0x7fffffff;
+    if (magnitude >= 0x47800000) {  // 65536 and above, infinity, NaN
+      bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+    } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 rounds to a multiple of 2^-24
+      float positive;
+      __builtin_memcpy(&positive, &magnitude, 4);
+      positive += 0.5f;
+      uint32_t shifted;
+      __builtin_memcpy(&shifted, &positive, 4);
+      bits = static_cast<uint16_t>(sign | (shifted - 0x3f000000));
+    } else {
+      const uint32_t rounded = magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1);
+      bits = static_cast<uint16_t>(sign | (rounded >> 13));
+    }
+  }
+  __builtin_memcpy(static_cast<char*>(row) + 2 * i, &bits, 2);
+}
+
+template <class S, Element T>
+float square_as(const void* row, int64_t width) {
+  constexpr int L = S::kLanes;
+  typename S::Sum sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+  int64_t i = 0;
+  for (; i + 4 * L <= width; i += 4 * L)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const typename S::Sum x = S::template as_float<T>(row, i + v * L);
+      sum[v] = S::multiply_add(x, x, sum[v]);
+    }
+  float total = S::total(S::plus(S::plus(sum[0], sum[1]), S::plus(sum[2], sum[3])));
+  for (; i < width; ++i) {
+    const float x = element(row, T, i);
+    total += x * x;
+  }
+  return total;
+}
+
+template <class S, Element T>
+void widen_as(const void* row, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= width; i += S::kLanes) S::store(out + i, S::template as_float<T>(row, i));
+  for (; i < width; ++i) out[i] = element(row, T, i);
+}
+
+template <class S, Element T>
+void add_as(const void* row, int64_t width, float weight, float* sum) {
+  const typename S::Sum w = S::set(weight);
+  int64_t i = 0;
+  for (; i + S::kLanes <= width; i += S::kLanes)
+    S::store(sum + i, S::plus(S::times(w, S::template as_float<T>(row, i)), S::load_sum(sum + i)));
+  for (; i < width; ++i) sum[i] = weight * element(row, T, i) + sum[i];
+}
+
+template <class S, Element T>
+void round_as(const float* sum, float factor, int64_t width, void* out) {
+  const typename S::Sum f = S::set(factor);
+  int64_t i = 0;
+  for (; i + S::kLanes <= width; i += S::kLanes) S::template from_float<T>(out, i, S::times(f, S::load_sum(sum + i)));
+  for (; i < width; ++i) set_element(out, T, i, sum[i] * factor);
+}
+
+template <class S>
+float square(const void* row, Element type, int64_t width) {
+  if (type == Element::f32) return square_as<S, Element::f32>(row, width);
+  if (type == Element::bf16) return square_as<S, Element::bf16>(row, width);
+  return square_as<S, Element::f16>(row, width);
+}
+template <class S>
+void widen(const void* row, Element type, int64_t width, float* out) {
+  if (type == Element::f32) widen_as<S, Element::f32>(row, width, out);
+  if (type == Element::bf16) widen_as<S, Element::bf16>(row, width, out);
+  if (type == Element::f16) widen_as<S, Element::f16>(row, width, out);
+}
+template <class S>
+void add(const void* row, Element type, int64_t width, float weight, float* sum) {
+  if (type == Element::f32) add_as<S, Element::f32>(row, width, weight, sum);
+  if (type == Element::bf16) add_as<S, Element::bf16>(row, width, weight, sum);
+  if (type == Element::f16) add_as<S, Element::f16>(row, width, weight, sum);
+}
+template <class S>
+void round(const float* sum, float factor, Element type, int64_t width, void* out) {
+  if (type == Element::f32) round_as<S, Element::f32>(sum, factor, width, out);
+  if (type == Element::bf16) round_as<S, Element::bf16>(sum, factor, width, out);
+  if (type == Element::f16) round_as<S, Element::f16>(sum, factor, width, out);
+}
+
+template <class S>
+constexpr Products products() {
+  return {S::kVectors * S::kLanes, tile<S>, dots<S>};
+}
+template <class S>
+constexpr Level make_level(const char* name, const Products* bf16 = nullptr) {
+  return {name, products<S>(), bf16, argmax<S>, square<S>, widen<S>, add<S>, round<S>};
+}
