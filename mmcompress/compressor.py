@@ -59,6 +59,8 @@ class Compressor(nn.Module):
     """False for a method with a rule of its own in place of keep_ratio."""
     identity_config: ClassVar[dict[str, Any]] = {"keep_ratio": 1}
     """The fields at which the method changes nothing, bit for bit."""
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video", "audio")
+    """Items that the method compresses; those of other kinds pass untouched."""
 
     keep_ratio: float = 0.25
     layer: int | float | None = None
@@ -111,7 +113,7 @@ class Compressor(nn.Module):
         return _count(num_tokens, *self._ratio)
 
     def forward(self, tokens: Tokens) -> Reduction:
-        if self.is_identity or tokens.num_tokens == 0:
+        if self.is_identity or tokens.num_tokens == 0 or tokens.layout.kind not in self.kinds:
             return identity(tokens)
         return self.compress(tokens)
 

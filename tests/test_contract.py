@@ -55,7 +55,7 @@ def make(B=3, N=32, kind="image", seed=0, dtype=torch.float32, x=None):
         layout, position, group = anyres()
         ones = torch.ones(B, N)
         return Tokens(x.to(dtype), position.expand(B, -1, -1), group.expand(B, -1), ones, layout, signals)
-    layout = Layout("video", (4, 1, N // 4)) if kind == "video" else image_layout(N)
+    layout = Layout("video", (4, 1, N // 4) if N % 4 == 0 else (N, 1, 1)) if kind == "video" else image_layout(N)
     return Tokens.of(x.to(dtype), layout, **signals)
 
 
@@ -102,7 +102,9 @@ def name(request):
 
 
 def kinds(method):
-    return ["anyres", "image"] if "crops" in method.reads else ["image", "video", "anyres"]
+    """The synthetic items that a method is for."""
+    kinds = ["anyres", "image"] if "crops" in method.reads else ["image", "video", "anyres"]
+    return [k for k in kinds if ("image" if k == "anyres" else k) in method.kinds]
 
 
 def test_there_are_methods():
@@ -192,7 +194,7 @@ def test_degenerate_tokens(name):
 @pytest.mark.parametrize("N", [0, 1, 2, 3])
 def test_few_tokens(name, N):
     method = create(name)
-    tokens = make(2, N)
+    tokens = make(2, N, kinds(method)[-1] if "image" not in method.kinds else "image")
     out = method(tokens)
     if N:
         valid(tokens, out)
