@@ -12,6 +12,7 @@ elements a layer.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any
 
 
@@ -53,25 +54,33 @@ class Decoder:
         return 2 * self.kv_heads * self.head_width * self.bytes * sum(rows)
 
 
+def _per_layer(start: int, changed_from: dict[int, int], layers: int) -> list[int]:
+    """The count in each layer, given where it changes."""
+    out, now = [], start
+    for i in range(layers):
+        now = changed_from.get(i, now)
+        out.append(now)
+    return out
+
+
 @dataclass
 class ItemCount:
-    """One image, video or clip: tokens in, separators (all kept, counted apart), and tokens kept from each layer on
-    ({0: …} is the prefill)."""
+    """One image, video or clip: tokens in, separators (counted apart), and tokens kept from a layer on ({0: …} is the
+    prefill)."""
 
     kind: str
     tokens_in: int
     separators: int = 0
     kept_from: dict[int, int] = field(default_factory=dict)
 
-    @property
-    def kept(self) -> int:
-        """Tokens in the last layer."""
-        return self.kept_from[max(self.kept_from)] if self.kept_from else self.tokens_in
+    def kept(self, layers: int) -> list[int]:
+        """Tokens that each layer sees."""
+        return _per_layer(self.tokens_in, self.kept_from, layers)
 
 
 @dataclass
 class SampleCount:
-    """One row of the batch: real rows in, and rows from each layer on."""
+    """One row of the batch: real rows in, and rows from a layer on."""
 
     sequence_in: int
     rows_from: dict[int, int] = field(default_factory=dict)
@@ -79,11 +88,7 @@ class SampleCount:
 
     def rows(self, layers: int) -> list[int]:
         """Rows that each layer sees."""
-        out, now = [], self.sequence_in
-        for i in range(layers):
-            now = self.rows_from.get(i, now)
-            out.append(now)
-        return out
+        return _per_layer(self.sequence_in, self.rows_from, layers)
 
 
 class Ledger:
@@ -109,8 +114,10 @@ class Ledger:
         return sum(i.tokens_in for i in self.items)
 
     @property
-    def tokens_kept(self) -> int:
-        return sum(i.kept for i in self.items)
+    def tokens_kept(self) -> float:
+        """Tokens that a layer sees, mean over the layers (a whole number unless tokens leave inside the decoder)."""
+        total = Fraction(sum(sum(i.kept(self.decoder.layers)) for i in self.items), self.decoder.layers)
+        return int(total) if total.denominator == 1 else float(total)
 
     @property
     def separators(self) -> int:
@@ -127,9 +134,9 @@ class Ledger:
 
     @property
     def sequence_kept(self) -> float:
-        """Rows a layer sees, mean over the layers."""
-        L = self.decoder.layers
-        return sum(sum(s.rows(L)) for s in self.samples) / L
+        """Rows that a layer sees, mean over the layers."""
+        total = Fraction(sum(sum(s.rows(self.decoder.layers)) for s in self.samples), self.decoder.layers)
+        return int(total) if total.denominator == 1 else float(total)
 
     @property
     def flops_in(self) -> int:
@@ -175,7 +182,7 @@ class Ledger:
             return "no image, video or audio tokens seen yet"
         t = self.totals()
         return (
-            f"{t['tokens_in']} → {t['tokens_kept']} tokens ({100 * self.kept_ratio:.1f} %) + {t['separators']} separators, "
+            f"{t['tokens_in']} → {t['tokens_kept']:.0f} tokens ({100 * self.kept_ratio:.1f} %) + {t['separators']} separators, "
             f"sequence {t['sequence_in']} → {t['sequence_kept']:.0f}, "
             f"KV {_bytes(t['kv_bytes_in'])} → {_bytes(t['kv_bytes'])}, "
             f"prefill {t['flops_in'] / 1e9:.1f} → {t['flops'] / 1e9:.1f} GFLOP "

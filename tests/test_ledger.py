@@ -46,11 +46,11 @@ def test_totals_by_hand():
     ledger = Ledger(Decoder(4, 8, 16, 2, 1, 4))
     ledger.samples.append(SampleCount(20, {0: 14, 2: 10}, [ItemCount("image", 12, 3, {0: 6, 2: 2})]))
     ledger.samples.append(SampleCount(9, {}, [ItemCount("image", 4)]))
-    assert (ledger.tokens_in, ledger.tokens_kept, ledger.separators, ledger.sequence_in) == (16, 6, 3, 29)
+    assert (ledger.tokens_in, ledger.tokens_kept, ledger.separators, ledger.sequence_in) == (16, 4 + 4, 3, 29)
     assert ledger.sequence_kept == (14 + 14 + 10 + 10) / 4 + 9
-    assert ledger.kept_ratio == 6 / 16
+    assert ledger.kept_ratio == 8 / 16
     assert ledger.kv_bytes == 2 * 1 * 4 * 2 * (14 + 14 + 10 + 10 + 4 * 9)
-    assert "16 → 6 tokens (37.5 %) + 3 separators" in str(ledger)
+    assert "16 → 8 tokens (50.0 %) + 3 separators" in str(ledger)
     assert json.loads(json.dumps(ledger.to_json()))["totals"]["prefills"] == 2
     ledger.clear()
     assert "no image" in str(ledger)

@@ -15,6 +15,9 @@ from mmcompress.models.cache import PromptState, physical, states_of
 from mmcompress.models.items import Item, run_stages
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals import row_attention, watch
+from mmcompress.ops.relevance import relevance
+
+ATTENTION = ("query_attention", "relevance")
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Step:
     items: list[Item] = field(default_factory=list)
     samples: dict[int, SampleCount] = field(default_factory=dict)
     extra: int = 0
-    attention: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, dict[str, dict[int, Tensor]]] = field(default_factory=dict)  # cut -> signal -> item -> values
     cuts: dict[int, Cut] = field(default_factory=dict)
     masks: dict[tuple[int, str], Any] = field(default_factory=dict)
 
@@ -101,16 +104,16 @@ class Step:
         if done is not None:
             x, _ = run_stages(stages, [replace(i) for i in done.items], hidden, reads, cut)
             return rows(x, done.previous)
-        if "query_attention" in reads:
-            for item in self.items:
-                item.signals = {**item.signals, "query_attention": self.attention[cut][item.sample, item.columns]}
+        for name, values in self.attention.get(cut, {}).items():
+            for i, item in enumerate(self.items):
+                item.signals = {**item.signals, name: values[i]}
         before = [replace(i) for i in self.items]
         x, keep = run_stages(stages, self.items, hidden, reads, cut)
         valid = keep & self.real(cut - 1)
         index, real = pack(valid, self.left)
         source = packed_column(valid, real, self.left)
         for item in self.items:
-            item.columns = source[item.sample, item.columns]
+            item.move(source)
         for b, count in self.samples.items():
             count.rows_from[cut] = int(real[b].sum())
         earlier = [c for c in self.cuts if c < cut]
@@ -133,24 +136,47 @@ class Step:
             )
         return self.masks[cut, kind]
 
-    def query_tap(self, layers: nn.ModuleList) -> contextlib.AbstractContextManager:
-        """Read the attention of the last real prompt row in the layer before each cut that wants it."""
-        cuts = [c for c, reads in self.plan.reads.items() if "query_attention" in reads]
+    def tap(self, layers: nn.ModuleList) -> contextlib.AbstractContextManager:
+        """Read attention in the layer before each cut whose stages want some of it (ATTENTION)."""
+        cuts = [c for c, reads in self.plan.reads.items() if set(ATTENTION) & set(reads)]
         if not cuts:
             return contextlib.nullcontext()
         before = {id(part): c for c in cuts for part in layers[c - 1].modules()}
 
+        @torch.no_grad()
         def see(module, q, k, mask, scaling):
-            cut = before[id(module)]
+            cut, T = before[id(module)], q.shape[2]
             if cut in self.attention:  # a checkpoint's recomputation
                 return
-            real, T = self.real(cut - 1), q.shape[2]
-            last = torch.full((len(q),), T - 1, device=q.device) if self.left else real.sum(1) - 1
             past = 0 if self.cache is None else int(self.cache.get_query_offset(cut - 1)) - T  # this layer has stored k already
-            with torch.no_grad():
-                self.attention[cut] = row_attention(q, k, mask, scaling, last - self.extra).mean(1)[:, past : past + T]
+            real, reads = self.real(cut - 1), self.plan.reads[cut]
+            seen = self.attention[cut] = {}
+            if "query_attention" in reads:
+                last = torch.full((len(q),), T - 1, device=q.device) if self.left else real.sum(1) - 1
+                weights = row_attention(q, k, mask, scaling, last - self.extra).mean(1)[:, past : past + T]
+                seen["query_attention"] = {i: weights[item.sample, item.columns] for i, item in enumerate(self.items)}
+            if "relevance" in reads:
+                visual, text, first = self.column_sets(real, past)
+                scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+                held = physical(self.deeper_states(), self.mask[:, : self.past], cut - 1).bool()
+                every = torch.cat([held, real], 1)
+                share = relevance(q, k[:, :, : past + T], visual, text, first, scale, every)
+                seen["relevance"] = {i: share[item.sample].expand(len(item.columns), 2) for i, item in enumerate(self.items)}
 
         return watch([layers[c - 1] for c in cuts], see)
+
+    def column_sets(self, real: Tensor, past: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Over past and present columns [B, past + T]: visual ones (separators too), the prompt's text, and what stands
+        before the picture."""
+        visual = torch.zeros(len(real), past + real.shape[1], dtype=torch.bool, device=real.device)
+        for item in self.items:
+            visual[item.sample, past + torch.cat([item.columns, item.separators])] = True
+        column = torch.arange(visual.shape[1], device=real.device).expand(visual.shape)
+        begin = torch.where(visual, column, visual.shape[1]).amin(1, keepdim=True)
+        prompt = torch.nn.functional.pad(real, (past, 0), value=True)
+        if self.extra:
+            prompt = prompt & (column < real.shape[1] + past - self.extra)
+        return visual, prompt & ~visual & (column > begin), prompt & (column < begin)
 
     def leave(self, out: Any, states: list[PromptState]) -> Any:
         """Bring the last layer's output back to P rows, and append what the deeper layers hold to the cache's states."""

@@ -21,7 +21,7 @@ class Item:
 
     sample: batch row. position, group [N]: of all tokens that came in. assignment [N]: the output each went into (-1 =
     dropped).
-    anchor [K]: the input tokens whose places the outputs have. columns [K]: where they stand now in the sequence.
+    anchor [K]: the input tokens whose places the outputs have. columns [K], separators: where these stand now in the sequence.
     """
 
     sample: int
@@ -33,6 +33,7 @@ class Item:
     anchor: Tensor
     assignment: Tensor
     size: Tensor
+    separators: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     count: ItemCount = field(default_factory=lambda: ItemCount("", 0))
     x: Tensor | None = field(default=None, repr=False)
@@ -41,6 +42,10 @@ class Item:
     def kept(self) -> Tensor:
         """[N] bool: tokens that stayed or went into one that did."""
         return self.assignment >= 0
+
+    def move(self, source: Tensor) -> None:
+        """Follow the rows to the columns that they were packed to (source [B, columns before])."""
+        self.columns, self.separators = source[self.sample, self.columns], source[self.sample, self.separators]
 
     def reduce(self, new: Reduction, j: int) -> None:
         """Take row j of a stage's result."""
@@ -76,6 +81,9 @@ def run_stages(
     keep[b, columns] = True
     x = x.index_put((b, columns), torch.cat([i.x for i in items]).to(x.dtype))  # type: ignore[misc]
     for item in items:
+        if not len(item.columns):  # nothing is left that they could separate
+            keep[item.sample, item.separators] = False
+            item.separators = item.separators[:0]
         item.x = None
         item.count.kept_from[layer] = len(item.columns)
     return x, keep

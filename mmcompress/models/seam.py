@@ -19,7 +19,7 @@ from mmcompress.compressor import Compressor
 from mmcompress.ledger import Decoder, ItemCount, Ledger, SampleCount
 from mmcompress.models import family as find_family
 from mmcompress.models.cache import PromptState, physical, remember, states_of
-from mmcompress.models.decoder import Plan, Step
+from mmcompress.models.decoder import ATTENTION, Plan, Step
 from mmcompress.models.generic import Call, Family, ItemSpec
 from mmcompress.models.items import Item, run_stages, runs
 from mmcompress.models.rows import pack, packed_column, restore, rows
@@ -60,6 +60,9 @@ class Seam:
             if stage.placement not in ("prefill", "layer"):
                 raise ValueError(f"placement of {name} must be 'prefill' or 'layer' in this version, got {stage.placement!r}")
             layer = self.layer(stage.layer, depth)
+            if not set(stage.kinds) & set(self.family.modalities):
+                takes = ", ".join(self.family.modalities)
+                raise ValueError(f"{name} compresses {', '.join(stage.kinds)} items, {self.family.name} models take {takes}")
             if stage.is_identity:
                 continue
             reads = [self.resolve(name, one, layer) for one in stage.reads]
@@ -69,7 +72,7 @@ class Seam:
             wanted.update(known)
         self.encoder_reads = [r for r in ("cls_logits", "keys", "tower") if r in wanted]
         encoder = self.family.tower(self.family.core, self.family.modalities[0])
-        for part, taps in ((encoder, {"cls_logits", "keys"}), (self.family.text, {"query_attention"})):
+        for part, taps in ((encoder, {"cls_logits", "keys"}), (self.family.text, set(ATTENTION))):
             backend = getattr(part.config, "_attn_implementation", None) if part is not None else None
             if wanted & taps and backend not in BACKENDS:
                 raise ValueError(
@@ -86,7 +89,7 @@ class Seam:
         return at
 
     def resolve(self, name: str, wanted: str, layer: int) -> str:
-        offered = (*self.family.signals(), *OFFERED_ANYWHERE, *(("query_attention",) if layer else ()))
+        offered = (*self.family.signals(), *OFFERED_ANYWHERE, *(ATTENTION if layer else ()))
         for one in wanted.split("|"):
             if one in offered or not one:  # "a|": without a, nothing
                 return one
@@ -214,7 +217,7 @@ class Seam:
             index, real = pack(valid, left)
             source = packed_column(valid, real, left)
             for item in items:
-                item.columns = source[item.sample, item.columns]
+                item.move(source)
             for b, count in samples.items():
                 count.rows_from[0] = int(real[b].sum())
             past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
@@ -231,7 +234,7 @@ class Seam:
             if self.plan.stages:
                 extra = max(0, seen + S - self.prompt) if self.generating else 0
                 step = Step(self.plan, cache, keys, past, left, items, samples, extra)
-                with step.query_tap(text.layers):
+                with step.tap(text.layers):
                     out = forward(**kw, mmcompress_step=step)
                 out = step.leave(out, states)
             else:
@@ -297,14 +300,14 @@ class Seam:
         for kind in kinds:
             flat: dict[str, Tensor] | None = None
             for spec, at in self.places(call, kind, host):
-                b, at = int(at[0]) // S, at[spec.rows]
+                b = int(at[0]) // S
                 if int(at[-1]) // S != b:
                     raise ValueError(
                         f"every {kind} item must lie within its sample, one of {spec.num_rows} rows leaves sample {b}"
                     )
                 if flat is None:
                     flat = {r: self.family.signal(call, kind, r) for r in self.encoder_reads}
-                items.append(self.item(spec, b, (at % S).to(x.device), x, flat))
+                items.append(self.item(spec, b, at % S, x, flat))
                 count = samples.setdefault(b, SampleCount(int(real[b])))
                 items[-1].count = ItemCount(kind, len(spec.rows), spec.num_rows - len(spec.rows), {0: len(spec.rows)})
                 count.items.append(items[-1].count)
@@ -327,14 +330,24 @@ class Seam:
         return list(zip(specs, place.split([s.num_rows for s in specs]), strict=True))
 
     def item(self, spec: ItemSpec, b: int, columns: Tensor, x: Tensor, flat: dict[str, Tensor]) -> Item:
-        N = len(columns)
         if flat and spec.source is None:
             raise ValueError(f"{self.family.name} models cannot tell which encoder outputs belong to this {spec.kind}")
         signals = {name: value[spec.source.to(value.device)] for name, value in flat.items()}  # type: ignore[union-attr]
-        n = torch.arange(N, device=x.device)
-        size = torch.ones(N, device=x.device)
+        n = torch.arange(len(spec.rows), device=x.device)
+        separator = torch.ones(spec.num_rows, dtype=torch.bool)
+        separator[spec.rows] = False
         return Item(
-            b, spec.kind, spec.layout, spec.position.to(x.device), spec.group.to(x.device), columns, n, n, size, signals
+            sample=b,
+            kind=spec.kind,
+            layout=spec.layout,
+            position=spec.position.to(x.device),
+            group=spec.group.to(x.device),
+            columns=columns[spec.rows].to(x.device),
+            anchor=n,
+            assignment=n,
+            size=torch.ones(len(n), device=x.device),
+            separators=columns[separator].to(x.device),
+            signals=signals,
         )
 
     def text_rows(self, call: Call, x: Tensor, host: Tensor) -> list[Tensor]:
