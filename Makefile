@@ -25,7 +25,7 @@ demo: setup       ## questions about real pictures, uncompressed and compressed;
 	$(BIN)/mmcompress demo --out demo
 
 test: setup       ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: setup       ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files

@@ -1,11 +1,15 @@
 """Shared by all tests: tiny models made once, warnings of transformers kept quiet."""
 
 import functools
+import os
 
 import pytest
 import torch
 
 from mmcompress.testing import tiny_model
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs one worker per core
+    torch.set_num_threads(1)
 
 _model = functools.lru_cache(maxsize=None)(tiny_model)
 
