@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -65,9 +66,9 @@ def owner_of(module: nn.Module, name: str = "forward") -> Any:
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` is on the model or a part of it; cannot see a wrapper that `torch.compile(model)`
     returned elsewhere."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not loaded: nothing was compiled
+    compiled = dynamo.OptimizedModule if dynamo else ()
     return any(
-        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable")
+        isinstance(m, compiled) or m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable")
         for m in model.modules()
     )
