@@ -1,0 +1,1 @@
+"""Measuring what a reduction costs in quality."""

@@ -1,0 +1,49 @@
+"""Low-rank adapters: W x + (alpha / r) B A x, trained beside a frozen W and merged into it at load.
+
+Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+RANK, ALPHA = 8, 16
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank path; starts as the layer itself (B = 0)."""
+
+    def __init__(self, base: nn.Linear, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(RANK, base.in_features, generator=generator) * base.in_features**-0.5)
+        self.b = nn.Parameter(torch.zeros(base.out_features, RANK))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + (x @ self.a.T) @ (self.b.T * (ALPHA / RANK))
+
+
+def add_lora_(model: nn.Module, generator: torch.Generator) -> dict[str, LoRALinear]:
+    """Put an adapter on every linear layer below `model`, in place; returns them by the layer's name."""
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    layers = {}
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        layers[name] = LoRALinear(linear, generator)
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
+
+
+def lora_state(layers: dict[str, LoRALinear], prefix: str) -> dict[str, torch.Tensor]:
+    """The adapters' tensors under the full names of the weights they belong to."""
+    return {f"{prefix}{n}.weight.lora_{k}": getattr(m, k).detach() for n, m in layers.items() for k in "ab"}
+
+
+def merge_lora(state: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) -> None:
+    """Add every adapter to its weight in `state`; an adapter without its weight raises ValueError."""
+    for name in sorted({n.rpartition(".lora_")[0] for n in lora}):
+        if name not in state:
+            raise ValueError(f"lora must hold adapters of known weights, got one for {name!r}")
+        b, a = lora[name + ".lora_b"].float(), lora[name + ".lora_a"].float()
+        state[name] = state[name] + (b @ a) * (ALPHA / RANK)
