@@ -122,7 +122,7 @@ void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* pi
 void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* picks) {
   constexpr int64_t kMost = 512;
   const Matrix& x = metric.x;
-  Buffer<float> distance(n), gram(kMost * kMost), candidate_distance(kMost);
+  Buffer<float> distance(n), gram(kMost * kMost), candidate_distance(kMost), copies(std::min(kMost, n) * x.words());
   std::vector<int64_t> order(n), fresh{start}, candidate;
   std::vector<char> taken(n, 0);
   std::fill(distance.data(), distance.data() + n, std::numeric_limits<float>::infinity());
@@ -163,18 +163,23 @@ void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* 
     candidate.assign(order.begin(), order.begin() + count);
     std::sort(candidate.begin(), candidate.end());  // ascending rows: the first maximum is the lowest row
     fresh.clear();
-    // Mutual distances, one block of kRows candidates at a time, in the arithmetic of the update above.
+    // Mutual distances, in the arithmetic of the update above: row i is the token, column j the pick.
     fill(candidate);
-    const int64_t panel_width = columns.groups() * kCols;
-    parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      alignas(64) float c[kCols];
-      for (int64_t i = begin; i < end; ++i)
+    const int64_t gram_stride = columns.groups() * kCols;
+    for (int64_t i = 0; i < count; ++i) std::memcpy(copies.data() + i * x.words(), metric.row(candidate[i]), x.words() * sizeof(float));
+    parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float c[kRows * kCols];
+      for (int64_t first = begin * kRows; first < std::min(end * kRows, count); first += kRows) {
+        const int rows = static_cast<int>(std::min<int64_t>(kRows, count - first));
         for (int64_t group = 0; group < columns.groups(); ++group) {
-          x.products().tile(metric.row(candidate[i]), 0, 1, columns.group(group), columns.columns(group) / x.products().panel, x.words(),
-                            c);
-          for (int j = 0; j < columns.columns(group); ++j)
-            gram[i * panel_width + group * kCols + j] = c[j] * columns.scale(group)[j] + columns.bias(group)[j];
+          const int width = columns.columns(group);
+          x.products().tile(copies.data() + first * x.words(), x.words(), false, rows, columns.group(group), width / x.products().panel,
+                            x.words(), c);
+          for (int r = 0; r < rows; ++r)
+            for (int j = 0; j < width; ++j)
+              gram[(first + r) * gram_stride + group * kCols + j] = c[r * kCols + j] * columns.scale(group)[j] + columns.bias(group)[j];
         }
+      }
     });
     for (int64_t i = 0; i < count; ++i) candidate_distance[i] = distance[candidate[i]];
     while (num < k) {
@@ -187,7 +192,7 @@ void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* 
       fresh.push_back(row);
       taken[row] = 1;
       for (int64_t i = 0; i < count; ++i)
-        candidate_distance[i] = std::min(candidate_distance[i], metric.distance(candidate[i], gram[i * panel_width + best]));
+        candidate_distance[i] = std::min(candidate_distance[i], metric.distance(candidate[i], gram[i * gram_stride + best]));
       candidate_distance[best] = -1;
     }
     const auto used = static_cast<double>(fresh.size());

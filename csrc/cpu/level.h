@@ -7,6 +7,7 @@ namespace mmcompress::cpu {
 
 constexpr int kRows = 96;   // rows of a tile of products
 constexpr int kCols = 64;   // columns of a tile of products
+constexpr int kStrip = 6;   // rows that share the registers
 constexpr int kDots = 16;   // rows that one call of `dots` may take
 
 enum class Element { f32, bf16, f16 };  // the order of mmcompress::Type
@@ -14,8 +15,8 @@ enum class Element { f32, bf16, f16 };  // the order of mmcompress::Type
 // Dot products of rows that are given as 32-bit words: a float, or a pair of bfloat16.
 struct Products {
   int panel;  // columns per packed panel; packed layout [panel][word][column]
-  // c[i * kCols + j] = a_i . b_j for up to kRows rows and `panels` panels of b.
-  void (*tile)(const float* a, int64_t a_stride, int rows, const float* b, int panels, int64_t words, float* c);
+  // c[i * kCols + j] = a_i . b_j for up to kRows rows and `panels` panels of b. With `strips` a is packed as [strip][word][kStrip rows].
+  void (*tile)(const float* a, int64_t a_stride, bool strips, int rows, const float* b, int panels, int64_t words, float* c);
   // out[i * out_stride + j] = a_i . b_j for rows at any address, without packing.
   void (*dots)(const float* const* a, int num_a, const float* const* b, int num_b, int64_t words, float* out, int64_t out_stride);
 };

@@ -3,7 +3,7 @@
 //
 // S has: Sum (float accumulator), Data (a vector of words), kLanes, kVectors (per panel), zero, load, broadcast, multiply_add, sum.
 
-template <class S, int R>
+template <class S, int R, bool Strip>
 void tile_rows(const float* a, int64_t a_stride, const float* b, int64_t words, float* c, bool add) {
   typename S::Sum sum[R][S::kVectors];
 #pragma GCC unroll 8
@@ -16,7 +16,7 @@ void tile_rows(const float* a, int64_t a_stride, const float* b, int64_t words, 
     for (int v = 0; v < S::kVectors; ++v) column[v] = S::load(b + (w * S::kVectors + v) * S::kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const typename S::Data row = S::broadcast(a + r * a_stride + w);
+      const typename S::Data row = S::broadcast(Strip ? a + w * kStrip + r : a + r * a_stride + w);
 #pragma GCC unroll 4
       for (int v = 0; v < S::kVectors; ++v) sum[r][v] = S::multiply_add(row, column[v], sum[r][v]);
     }
@@ -30,27 +30,35 @@ void tile_rows(const float* a, int64_t a_stride, const float* b, int64_t words, 
     }
 }
 
+template <class S, bool Strip>
+void tile_strip(const float* a, int64_t a_stride, int rows, const float* b, int64_t words, float* c, bool add) {
+  switch (rows) {
+    case 1: return tile_rows<S, 1, Strip>(a, a_stride, b, words, c, add);
+    case 2: return tile_rows<S, 2, Strip>(a, a_stride, b, words, c, add);
+    case 3: return tile_rows<S, 3, Strip>(a, a_stride, b, words, c, add);
+    case 4: return tile_rows<S, 4, Strip>(a, a_stride, b, words, c, add);
+    case 5: return tile_rows<S, 5, Strip>(a, a_stride, b, words, c, add);
+    default: return tile_rows<S, 6, Strip>(a, a_stride, b, words, c, add);
+  }
+}
+
 template <class S>
-void tile(const float* a, int64_t a_stride, int rows, const float* b, int panels, int64_t words, float* c) {
+void tile(const float* a, int64_t a_stride, bool strips, int rows, const float* b, int panels, int64_t words, float* c) {
   constexpr int64_t kBlock = 256;  // words: 16 KiB of a 16-column panel stay in the first-level cache
   constexpr int kPanel = S::kVectors * S::kLanes;
   for (int64_t w = 0; w < words; w += kBlock) {
     const int64_t block = words - w < kBlock ? words - w : kBlock;
-    for (int p = 0; p < panels; ++p) {
-      const float* panel = b + (p * words + w) * kPanel;
-      int r = 0;
-      for (; r + 6 <= rows; r += 6) tile_rows<S, 6>(a + r * a_stride + w, a_stride, panel, block, c + r * kCols + p * kPanel, w > 0);
-      const float* rest = a + r * a_stride + w;
-      float* to = c + r * kCols + p * kPanel;
-      switch (rows - r) {
-        case 1: tile_rows<S, 1>(rest, a_stride, panel, block, to, w > 0); break;
-        case 2: tile_rows<S, 2>(rest, a_stride, panel, block, to, w > 0); break;
-        case 3: tile_rows<S, 3>(rest, a_stride, panel, block, to, w > 0); break;
-        case 4: tile_rows<S, 4>(rest, a_stride, panel, block, to, w > 0); break;
-        case 5: tile_rows<S, 5>(rest, a_stride, panel, block, to, w > 0); break;
-        default: break;
+    for (int p = 0; p < panels; ++p)
+      for (int r = 0; r < rows; r += kStrip) {
+        const int count = rows - r < kStrip ? rows - r : kStrip;
+        const float* panel = b + (p * words + w) * kPanel;
+        float* to = c + r * kCols + p * kPanel;
+        if (strips) {
+          tile_strip<S, true>(a + r * words + w * kStrip, 0, count, panel, block, to, w > 0);
+        } else {
+          tile_strip<S, false>(a + r * a_stride + w, a_stride, count, panel, block, to, w > 0);
+        }
       }
-    }
   }
 }
 

@@ -105,17 +105,24 @@ class Columns {
   Buffer<float> packed_, scale_, bias_;
 };
 
+// Rows as strips of kStrip rows, [strip][word][row].
+void pack_strips(const float* rows, int64_t stride, int num, int64_t words, float* packed);
+
 // For tiles of rows [begin, end) by groups of columns: f(first row, rows, group, products [rows][kCols]). Parallel over blocks of rows;
 // a block sees its groups from left to right, starting at first_group(first row).
 template <class F, class G>
 void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G first_group, F f) {
+  const bool strips = b.groups() >= 4;  // packing the rows pays when they are read several times
   parallel_for(0, (end - begin + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
     alignas(64) float c[kRows * kCols];
+    Buffer<float> packed(strips ? kRows * a.words() : 0);
     for (int64_t block = first; block < last; ++block) {
       const int64_t row = begin + block * kRows;
       const int rows = static_cast<int>(std::min<int64_t>(kRows, end - row));
+      if (strips) pack_strips(a.row(row), a.stride(), rows, a.words(), packed.data());
       for (int64_t group = first_group(row); group < b.groups(); ++group) {
-        a.products().tile(a.row(row), a.stride(), rows, b.group(group), b.columns(group) / a.products().panel, a.words(), c);
+        a.products().tile(strips ? packed.data() : a.row(row), a.stride(), strips, rows, b.group(group),
+                          b.columns(group) / a.products().panel, a.words(), c);
         f(row, rows, group, c);
       }
     }

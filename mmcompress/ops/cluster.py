@@ -164,4 +164,4 @@ def kmeans(
     assignment, centroid, size = torch.ops.mmcompress.kmeans_lloyd(rows, start, ends, num_iterations, cosine, check_finite)
     if offsets is not None or x.dim() == 3:
         centroid, size = centroid.reshape(num_items, num_clusters, width), size.reshape(num_items, num_clusters)
-    return KMeans(core.unpack(assignment, x, offsets, local=False), centroid, size)
+    return KMeans(core.unpack(assignment, x, offsets, x.shape[-2], local=False), centroid, size)

@@ -245,12 +245,19 @@ def pack_counts(
     return torch.arange(num_items + 1, device=x.device) * k, num_items * k
 
 
-def unpack(rows: Tensor, x: Tensor, offsets: Tensor | Sequence[int] | None, width: bool = True, local: bool = True) -> Tensor:
-    """Row ids (or per-row values with local=False) in the shape of a dense input; ragged ones stay packed ids."""
+def unpack(
+    rows: Tensor,
+    x: Tensor,
+    offsets: Tensor | Sequence[int] | None,
+    empty: int | Sequence[int],
+    width: bool = True,
+    local: bool = True,
+) -> Tensor:
+    """Row ids (with local=False per-row values) in the shape of a dense input ([0, `empty`] if B = 0); ragged ones stay."""
     if offsets is not None or x.dim() == (2 if width else 1):
         return rows
     num_items, n = x.shape[:2]
-    out = rows.reshape(num_items, -1 if num_items else 0, *rows.shape[1:])
+    out = rows.reshape(num_items, rows.shape[0] // num_items if num_items else empty, *rows.shape[1:])
     return out - (torch.arange(num_items, device=x.device) * n)[:, None] if local else out
 
 

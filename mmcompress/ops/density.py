@@ -100,5 +100,5 @@ def density_peaks(
     _, assignment = torch.ops.mmcompress.similarity_argmax(rows, chosen, ends, out_ends, False, bias, False)
     item = torch.searchsorted(out_ends[1:], torch.arange(total, device=x.device), right=True)
     assignment = assignment.scatter(0, center, torch.arange(total, device=x.device) - out_ends[item])
-    dense = [core.unpack(t, x, offsets, local=False) for t in (assignment, density, delta)]
-    return DensityPeaks(core.unpack(center, x, offsets), *dense)
+    dense = [core.unpack(t, x, offsets, x.shape[-2], local=False) for t in (assignment, density, delta)]
+    return DensityPeaks(core.unpack(center, x, offsets, k), *dense)

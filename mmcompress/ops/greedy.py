@@ -147,9 +147,8 @@ def k_center(
     rows, ends, num_items = core.pack(x, offsets)
     out_ends, total = core.pack_counts(k, x, offsets is not None, num_items)
     start, cosine = _first(first, x, offsets, num_items), core.is_cosine(metric)
-    return core.unpack(
-        torch.ops.mmcompress.k_center(rows.detach(), ends, out_ends, total, start, cosine, check_finite), x, offsets
-    )
+    picks = torch.ops.mmcompress.k_center(rows.detach(), ends, out_ends, total, start, cosine, check_finite)
+    return core.unpack(picks, x, offsets, k)
 
 
 def max_sum(
@@ -164,4 +163,5 @@ def max_sum(
     rows, ends, num_items = core.pack(x, offsets)
     out_ends, total = core.pack_counts(k, x, offsets is not None, num_items)
     start = _first(first, x, offsets, num_items)
-    return core.unpack(torch.ops.mmcompress.max_sum(rows.detach(), ends, out_ends, total, start, check_finite), x, offsets)
+    picks = torch.ops.mmcompress.max_sum(rows.detach(), ends, out_ends, total, start, check_finite)
+    return core.unpack(picks, x, offsets, k)

@@ -54,4 +54,5 @@ def neighbors(
     if num_items and (k < 1 or (offsets is None and k >= x.shape[-2])):
         raise ValueError(f"k must be between 1 and N - 1{'' if offsets is not None else f' = {x.shape[-2] - 1}'}, got {k}")
     value, index = torch.ops.mmcompress.cosine_top_k(rows.detach(), ends, k, check_finite)
-    return core.unpack(value, x, offsets, local=False), core.unpack(index, x, offsets, local=False)
+    n = x.shape[-2]
+    return core.unpack(value, x, offsets, n, local=False), core.unpack(index, x, offsets, n, local=False)

@@ -112,7 +112,7 @@ def top_keep(
     flat, ends, num_items = core.pack(score, offsets, "score", width=False)
     out_ends, total = core.pack_counts(k, score, offsets is not None, num_items, width=False)
     rows = torch.ops.mmcompress.top_rows(flat.detach(), ends, out_ends, total, check_finite)
-    index = core.unpack(rows, score, offsets, width=False)
+    index = core.unpack(rows, score, offsets, k, width=False)
     if position is not None and position.shape[: score.dim()] != score.shape:
         raise ValueError(f"position must begin with the shape of score, {list(score.shape)}, got {list(position.shape)}")
     if x is None:
