@@ -5,6 +5,7 @@ import torch
 
 from mmcompress import create
 from mmcompress.methods.global_guided import centroid_scores, crop_ratios, official_emission, unpadded_box
+from mmcompress.models.signals import cls_logits
 from mmcompress.ops.apportion import apportion
 from mmcompress.tokens import Layout, Tokens
 
@@ -75,6 +76,15 @@ def test_golden_without_cls(golden):
         torch.testing.assert_close(
             centroid_scores(x, torch.zeros(x.shape[:2], dtype=torch.long), 1)[0].double(), case["scores"], rtol=0, atol=2e-6
         )
+
+
+def test_golden_cls_logits(golden):
+    for case in golden("global_guided", "score"):
+        x, heads = case["x"], case["heads"]
+        q, k = (x @ case[f"w{n}"].T + case[f"b{n}"] for n in "qk")
+        q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+        logits = cls_logits(q, k, 1).view(len(x), -1)  # the seam's signal
+        torch.testing.assert_close(logits, case["cls_scores"], rtol=0, atol=2e-5)
 
 
 def test_golden_allocate(golden):
