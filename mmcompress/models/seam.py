@@ -125,6 +125,8 @@ class Seam:
             raise
 
     def uninstall(self) -> None:
+        for wrapper in self.wrappers:  # all or nothing
+            wrapper.check()
         while self.wrappers:
             self.wrappers[-1].undo()
             self.wrappers.pop()

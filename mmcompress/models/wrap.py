@@ -42,14 +42,18 @@ class Wrapper:
             setattr(self.module, self.name, self.bound)
             self.paused = False
 
+    def check(self) -> None:
+        """Raise RuntimeError where something else was wrapped around it since: `undo` would take off the wrong layer."""
+        if not self.paused and self.module.__dict__.get(self.name) is not self.bound:
+            raise RuntimeError(f"{type(self.module).__name__}.{self.name} was wrapped again after compress_; undo that first")
+
     def undo(self) -> None:
-        """Remove it, bit for bit. Raises RuntimeError where something else was wrapped around it since."""
+        """Remove it, bit for bit. Raises as `check` does."""
+        self.check()
         if self.paused:
             self.paused = False
-        elif self.module.__dict__.get(self.name) is self.bound:
-            self._remove()
         else:
-            raise RuntimeError(f"{type(self.module).__name__}.{self.name} was wrapped again after compress_; undo that first")
+            self._remove()
 
     def _remove(self) -> None:
         if self.inherited is None:
