@@ -1,0 +1,393 @@
+"""The command line: `mmcompress demo | run | inspect | methods | models | doctor`.
+
+Results go to stdout, progress and errors to stderr. Bad input is one sentence and exit code 2; anything else that goes wrong
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmcompress.registry import create, did_you_mean
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        args = parser().parse_args(_command(arguments))
+        args.command(args)
+        return 0
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except USER_ERRORS as error:
+        if "--traceback" in arguments:
+            raise
+        return _fail(sentence(error), as_json, 2)
+    except Exception as error:
+        if not as_json:
+            raise
+        return _fail(f"{type(error).__name__}: {sentence(error)}", as_json, 1)
+
+
+def _fail(message: str, as_json: bool, code: int) -> int:
+    if as_json:
+        print(json.dumps({"error": message}))
+    print(f"mmcompress: {message}", file=sys.stderr)
+    return code
+
+
+def sentence(error: BaseException) -> str:
+    """An error's message in one line; of a long message of another library the first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """Refuse an unknown command with a suggestion (argparse would only list)."""
+    first = next((a for a in arguments if not a.startswith("-")), None)
+    if first is not None and first == arguments[0] and first not in COMMANDS:
+        raise ValueError(f"unknown command {first!r}{did_you_mean(first, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    return arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(
+        prog="mmcompress",
+        description="Fewer visual, video and audio tokens for Hugging Face multimodal LLMs.",
+        usage="mmcompress COMMAND [options]",
+        epilog="example:\n  mmcompress run --image cat.jpg --prompt 'What is this?' --keep-ratio 0.25 --compare",
+    )
+    from mmcompress import __version__
+
+    top.add_argument("--version", action="version", version=f"mmcompress {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, (summary, usage, arguments, command, example) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary.split(":")[0],
+            usage=f"mmcompress {name} {usage}[--json]",
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+        )
+        arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print JSON for machines")
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.set_defaults(command=command)
+    return top
+
+
+def emit(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def progress(text: str) -> None:
+    """One line to stderr, rewritten in place on a terminal; elsewhere nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+# options that several commands share
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", default="zoo:image", metavar="M", help="zoo:NAME, a folder or a hub id (default: zoo:image)")
+
+
+def _method_options(p: argparse.ArgumentParser, several: bool = False) -> None:
+    what = "one or several methods, separated by commas" if several else "a method's name; `mmcompress methods` lists them"
+    p.add_argument("--method", default="k_center", metavar="NAME", help=f"{what} (default: k_center)")
+    p.add_argument("--keep-ratio", metavar="R", help="share of tokens kept, in (0, 1] (default: the method's own)")
+    p.add_argument("--layer", metavar="L", help="decoder layer to stand before: an integer, or a share of the depth")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of the method; repeatable")
+
+
+def _number(text: str) -> Any:
+    """An int or a float where the text is one, else the text (the method then says what it wants)."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def compressors(args: argparse.Namespace) -> dict[str, Any]:
+    """name -> compressor for every method asked for."""
+    fields: dict[str, Any] = {}
+    if args.keep_ratio is not None:
+        fields["keep_ratio"] = _number(args.keep_ratio)
+    if args.layer is not None:
+        fields["layer"] = _number(args.layer)
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set must be FIELD=VALUE, got {pair!r}")
+        if name in fields:
+            raise ValueError(f"the field {name!r} is given twice")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    names = [n.strip() for n in args.method.split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--method must name each method once, got {args.method!r}")
+    return {name: create(name, **fields) for name in names}
+
+
+# run
+
+
+def _run_arguments(p: argparse.ArgumentParser) -> None:
+    _model_options(p)
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeatable")
+    p.add_argument("--video", action="append", default=[], metavar="FILE", help="a clip; repeatable")
+    p.add_argument("--audio", action="append", default=[], metavar="FILE", help="a recording; repeatable")
+    p.add_argument("--prompt", required=True, help="the question")
+    _method_options(p)
+    p.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the reply (default: 32)")
+    p.add_argument("--num-frames", type=int, default=8, metavar="N", help="frames taken of a clip (default: 8)")
+    p.add_argument("--compare", action="store_true", help="also answer uncompressed, and time both")
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not (args.image or args.video or args.audio):
+        raise ValueError("a question needs --image, --video or --audio, got none: there is nothing to compress")
+    for name in ("max_new_tokens", "num_frames"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be an integer >= 1, got {getattr(args, name)}")
+    made = compressors(args)
+    if len(made) != 1:
+        raise ValueError(f"run takes one method, got {args.method!r}")
+    ((name, compressor),) = made.items()
+    from mmcompress.ask import Question, ask, load_model, prepare
+    from mmcompress.media import load_audio, load_image, load_video
+
+    images, videos = [load_image(p) for p in args.image], [load_video(p, args.num_frames) for p in args.video]
+    if args.audio:
+        for path in args.audio:
+            load_audio(path, 16000)  # a broken file is found before the model is loaded
+    progress(f"loading {args.model}")
+    model, processor = load_model(args.model)
+    audio = []
+    if args.audio:
+        rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
+        audio = [load_audio(p, rate) for p in args.audio]
+    inputs = prepare(model, processor, Question(args.prompt, images, videos, audio))
+    answers = {}
+    with compressor(model):  # a method that this model cannot serve stops here, before anything is computed
+        pass
+    if args.compare:
+        progress("warming up")
+        ask(model, processor, inputs, create("none"), 1)
+        progress("answering uncompressed")
+        answers["uncompressed"] = ask(model, processor, inputs, create("none"), args.max_new_tokens)
+    progress(f"answering with {name}")
+    answers[name] = ask(model, processor, inputs, compressor, args.max_new_tokens)
+    progress("")
+    if args.json:
+        out: dict[str, Any] = {"model": args.model, "method": compressor.config(), "prompt": args.prompt}
+        out |= _answer_json(answers[name])
+        if args.compare:
+            out["uncompressed"] = _answer_json(answers["uncompressed"])
+        emit(out)
+        return
+    from mmcompress.report import gflop, mib, percent, table
+
+    for label, answer in answers.items():
+        print(f"{label}: {answer.text}" if args.compare else answer.text)
+    print()
+    rows = []
+    for label, a in answers.items():
+        t = a.ledger
+        rows.append(
+            [
+                label,
+                f"{t.tokens_kept}/{t.tokens_in}",
+                percent(t.tokens_kept, t.tokens_in),
+                str(t.separators),
+                f"{t.sequence_kept:.0f}",
+                mib(t.kv_bytes),
+                gflop(t.flops),
+                f"{a.prefill_ms:.0f}",
+                f"{a.total_ms:.0f}",
+            ]
+        )
+    head = ["", "tokens kept/in", "kept", "separators", "sequence", "KV MiB", "prefill GFLOP", "prefill ms", "whole ms"]
+    print(table(head, rows, "lrrrrrrrr"))
+
+
+def _answer_json(answer: Any) -> dict[str, Any]:
+    times = {"prefill_ms": round(answer.prefill_ms, 1), "total_ms": round(answer.total_ms, 1)}
+    return {"answer": answer.text, **times, "ledger": answer.ledger.to_json()}
+
+
+# inspect
+
+
+def _inspect_arguments(p: argparse.ArgumentParser) -> None:
+    _model_options(p)
+    p.add_argument("--image", required=True, metavar="FILE", help="a picture")
+    p.add_argument("--prompt", default="What is in the picture?", help="the question, for methods that read the text")
+    _method_options(p, several=True)
+    p.add_argument("--out", default="inspect", metavar="PATH", help="folder, or for one method a .png file (default: inspect)")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    made = compressors(args)
+    out = Path(args.out)
+    if out.suffix.lower() == ".png" and len(made) > 1:
+        raise ValueError(f"--out must be a folder for several methods, got {args.out!r}")
+    from mmcompress import viz
+    from mmcompress.ask import Question, ask, load_model, prepare, seen_picture
+    from mmcompress.media import load_image
+
+    picture = load_image(args.image)
+    progress(f"loading {args.model}")
+    model, processor = load_model(args.model)
+    inputs = prepare(model, processor, Question(args.prompt, [picture]))
+    written = []
+    for name, compressor in made.items():
+        progress(f"asking with {name}")
+        answer = ask(model, processor, inputs, compressor, 1)
+        item = answer.items[0]
+        shown = picture if item.layout.crops else seen_picture(processor, picture)
+        ratio = f"keep_ratio {compressor.keep_ratio:g} · " if getattr(compressor, "has_ratio", True) else ""
+        sheet = viz.picture_of(item, shown, name, ratio + viz.describe(item))
+        path = out if out.suffix.lower() == ".png" else out / f"{Path(args.image).stem}_{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        written.append({"method": compressor.config(), "file": str(path), **answer.ledger.totals()})
+    progress("")
+    if args.json:
+        emit(written)
+    else:
+        print("\n".join(w["file"] for w in written))
+
+
+# methods, models, doctor, demo
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from mmcompress.cards import method_rows, show_fields
+    from mmcompress.report import table
+
+    rows = method_rows()
+    if args.json:
+        emit(rows)
+        return
+    cells = [[r["name"], r["what"], ", ".join(r["reads"]) or "–", show_fields(r["fields"]) or "–"] for r in rows]
+    print(table(["method", "what it does", "signals it reads", "fields and defaults"], cells, "llll", wrap=(1, 2, 3)))
+    print("\nEvery method also takes layer=L: the decoder layer to stand before (an integer, or a share of the depth).")
+
+
+def _models(args: argparse.Namespace) -> None:
+    from mmcompress import zoo
+    from mmcompress.cards import family_rows
+    from mmcompress.report import table
+
+    rows = family_rows()
+    names = [f"zoo:{n}" for n in zoo.list_models()]
+    if args.json:
+        emit({"families": rows, "zoo": names})
+        return
+    cells = [[r["name"], ", ".join(r["modalities"]), ", ".join(r["signals"]), r["notes"] or "–"] for r in rows]
+    print(table(["family", "items", "encoder signals", "notes"], cells, "llll", wrap=(3,)))
+    print(f"\nReady to use: {', '.join(names)}. Any folder or hub id of these families works with --model.")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from mmcompress import doctor
+
+    report = doctor.examine()
+    if args.json:
+        emit(report)
+    else:
+        print(doctor.text(report))
+
+
+def _demo_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", default="demo", metavar="DIR", help="folder for index.html (default: demo)")
+    p.add_argument("--num-questions", type=int, default=9, metavar="N", help="questions asked (default: 9)")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from mmcompress import demo
+
+    if args.num_questions < 1:
+        raise ValueError(f"--num-questions must be an integer >= 1, got {args.num_questions}")
+    result = demo.run(args.num_questions)
+    path = demo.write(result, Path(args.out))
+    if args.json:
+        emit({**result.to_json(), "page": str(path)})
+    else:
+        print(demo.text(result))
+        print(f"\nThe page with the pictures: {path}")
+
+
+def _nothing(p: argparse.ArgumentParser) -> None:
+    """No options of its own."""
+
+
+COMMANDS: dict[str, tuple[str, str, Callable, Callable, str]] = {
+    "demo": (
+        "ask questions about pictures: uncompressed, and with every method; writes a page",
+        "[--out DIR] [--num-questions N] ",
+        _demo_arguments,
+        _demo,
+        "mmcompress demo --out demo",
+    ),
+    "run": (
+        "answer a question with fewer tokens: about pictures, clips or recordings",
+        "--prompt TEXT --image FILE [options] ",
+        _run_arguments,
+        _run,
+        "mmcompress run --image cat.jpg --prompt 'What is this?' --method k_center --keep-ratio 0.25 --compare",
+    ),
+    "inspect": (
+        "draw what a method keeps, drops and merges: one picture per method",
+        "--image FILE [options] ",
+        _inspect_arguments,
+        _inspect,
+        "mmcompress inspect --image cat.jpg --method k_center,global_guided --keep-ratio 0.25 --out inspect",
+    ),
+    "methods": ("list the methods: their signals and fields", "", _nothing, _methods, "mmcompress methods"),
+    "models": ("list the model families, and the ready models", "", _nothing, _models, "mmcompress models"),
+    "doctor": (
+        "show what is installed: versions, which kernels run and why, what would make it faster",
+        "",
+        _nothing,
+        _doctor,
+        "mmcompress doctor",
+    ),
+}
+"""name -> (summary, options in short, function that adds them, function that runs, example)."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
