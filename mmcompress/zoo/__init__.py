@@ -45,17 +45,17 @@ def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | Non
     """
     import torch
 
-    model, processor = _build(name, cache_dir)
+    model, processor = _build(name, cache_dir, parts_dir(name))
     return model.to(device=device, dtype=dtype or torch.float32), processor
 
 
-def _build(name: str, cache_dir: str | Path | None = None, trained: bool = True):
-    """`load` in float32 on the CPU; `trained=False` leaves the projector random and SmolLM2 as it came."""
+def _build(name: str, cache_dir: str | Path | None = None, parts: Path | None = None):
+    """`load` in float32 on the CPU with the trained parts of a directory; None: the projector random, SmolLM2 as it came."""
     if name not in _MODELS:
         close = difflib.get_close_matches(str(name), _MODELS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"name must be one of {list_models()}, got {name!r}{hint}")
-    return _MODELS[name](cache_dir, parts_dir(name) if trained else None)
+    return _MODELS[name](cache_dir, parts)
 
 
 def _image(cache_dir: str | Path | None, parts: Path | None):
@@ -78,7 +78,7 @@ def _image(cache_dir: str | Path | None, parts: Path | None):
     text, tower = part_dir("smollm2-135m-instruct", cache_dir), part_dir("dinov2-small-focus", cache_dir)
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)  # type: ignore[assignment]
     text_config = json.loads((text / "config.json").read_text())
     text_config["vocab_size"] = len(tokenizer)
     config = LlavaNextConfig(
@@ -89,8 +89,6 @@ def _image(cache_dir: str | Path | None, parts: Path | None):
         vision_feature_layer=FEATURE_LAYERS,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     state = {f"model.vision_tower.{n}": v for n, v in load_file(tower / "model.safetensors").items()}
     for n, v in load_file(text / "model.safetensors").items():

@@ -76,7 +76,7 @@ def fit(
         x = normalise(data.x[torch.from_numpy(np.concatenate(rows))])
         x = x * (torch.rand(x.shape, generator=generator) > 0.15)  # features drop out: the pictures are few
         z = projector(x) - mean
-        target = torch.stack([sum(vector[w] for w in said) for said in words])
+        target = torch.stack([torch.stack([vector[w] for w in said]).sum(0) for said in words])
         pulled = (z[: len(at)] - target[at]).square().sum(-1).mean() + z[len(at) :].square().sum(-1).mean()
         pooled = torch.zeros(len(words), z.shape[1]).index_add(0, at, z[: len(at)]) / at.bincount()[:, None]
         named, right = [], []

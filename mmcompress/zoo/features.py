@@ -69,7 +69,8 @@ def layout(config, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     hw = (size[1], size[0])
-    grid = tuple(int(g) for g in get_anyres_image_grid_shape(hw, config.image_grid_pinpoints, config.vision_config.image_size))
+    gh, gw = get_anyres_image_grid_shape(hw, config.image_grid_pinpoints, config.vision_config.image_size)
+    grid = int(gh), int(gw)
     rows = torch.arange((1 + grid[0] * grid[1]) * SIDE * SIDE)
     canvas = rows[SIDE * SIDE :].view(*grid, SIDE, SIDE).transpose(1, 2).reshape(grid[0] * SIDE, grid[1] * SIDE)
     canvas = unpad_image(canvas[None], hw)[0]

