@@ -88,7 +88,7 @@ def _kmeans_lloyd(x, init, offsets, iterations, cosine=True, check=True):
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if check:
         core.check_finite(init, "init")
-    if (compiled := core.kernel("kmeans_lloyd", x)) and x.device.type == "cpu":
+    if compiled := core.kernel("kmeans_lloyd", x):
         (assignment, _, size), bad, centroid = _fake_lloyd(x, init, offsets, iterations), core.new_flags(x), init.clone()
         compiled(x, offsets, iterations, cosine, check, centroid, assignment, size, bad)
         if check:

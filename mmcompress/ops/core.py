@@ -7,6 +7,7 @@ not depend on the build. The libraries `_C` (CPU) and `_C_cuda` register their k
 the kernels (float32 accumulation) may be compared with them.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 LEVELS = ("avx512", "avx2", "scalar", "reference")
+CUDA_NEIGHBORS = 32  # the CUDA kernels keep at most so many neighbours per row
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 ZERO = 1e-12  # rows of at most this norm count as zero rows
@@ -48,6 +50,10 @@ def operator(schema: str, fake: Callable, kernel: str) -> Callable:
 def load() -> None:
     """Load the compiled libraries that are there, once all operators are defined; what fails is kept for `status`."""
     _kernels.define("set_cpu_level(int highest) -> int")
+    _kernels.define(
+        "merge_mean_sorted(Tensor x, Tensor order, Tensor start, Tensor? size, bool check,"
+        " Tensor(a!) mean, Tensor(b!) total, Tensor(c!) bad) -> ()"
+    )  # the GPU's form of merge_mean
     for device, module in (("cpu", "_C"), ("cuda", "_C_cuda")):
         try:
             importlib.import_module(f"mmcompress.{module}")
@@ -61,11 +67,17 @@ def load() -> None:
 def kernel(name: str, *tensors: Tensor) -> Callable | None:
     """The compiled kernel for these inputs, or None where the reference runs."""
     device = tensors[0].device.type
-    if device not in ("cpu", "cuda") or device in _errors or any(x.dtype not in KERNEL_DTYPES for x in tensors):
+    if not _compiled(name, device) or any(x.dtype not in KERNEL_DTYPES for x in tensors):
         return None
     if device == "cpu" and _level == "reference":
         return None
     return getattr(torch.ops.mmcompress_kernels, name).default
+
+
+@functools.cache
+def _compiled(name: str, device: str) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return device in ("cpu", "cuda") and device not in _errors and has(f"mmcompress_kernels::{name}", device.upper())
 
 
 def set_cpu_level(level: str) -> str:
@@ -87,14 +99,19 @@ def set_cpu_level(level: str) -> str:
 def status() -> dict[str, dict[str, str]]:
     """Which implementation of every operator runs on "cpu" and on "cuda", and why if it is not the compiled one."""
 
-    def describe(device: str) -> str:
+    def describe(name: str, device: str) -> str:
         if device in _errors:
             return f"reference ({_errors[device]})"
         if device == "cuda":
-            return "compiled"
+            if name == "kmeans_lloyd":
+                return "composed of compiled operators"
+            sorted_form = name == "merge_mean" and _compiled("merge_mean_sorted", device)
+            return (
+                "compiled" if sorted_form or _compiled(name, device) else "reference (no kernel: PyTorch runs it on the device)"
+            )
         return "reference (set by set_cpu_level)" if _level == "reference" else f"compiled ({_level})"
 
-    return {name: {device: describe(device) for device in ("cpu", "cuda")} for name in _names}
+    return {name: {device: describe(name, device) for device in ("cpu", "cuda")} for name in _names}
 
 
 def require(device: str = "cpu") -> None:

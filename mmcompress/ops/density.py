@@ -36,7 +36,7 @@ def _dpc_knn(x, offsets, k, check=True):
         for item, n in enumerate(offsets.diff().tolist()):
             if n and not 1 <= k <= n:
                 raise ValueError(f"num_neighbors must be between 1 and N = {n} in item {item}, got {k}")
-    if compiled := core.kernel("dpc_knn", x):
+    if (not x.is_cuda or k <= core.CUDA_NEIGHBORS) and (compiled := core.kernel("dpc_knn", x)):
         (density, delta), bad = _fake(x, offsets, k), core.new_flags(x)
         compiled(x, offsets, k, check, density, delta, bad)
         if check:

@@ -35,9 +35,15 @@ def _merge_mean(x, assignment, num_out, size=None, check=True):
                 f"size must be floating point of shape [M] = {[len(x)]} on x's device, got {size.dtype} {list(size.shape)}"
             )
         size = (size.float() if x.dtype != torch.float64 else size.double()).contiguous()
-    if compiled := core.kernel("merge_mean", x):
+    compiled = core.kernel("merge_mean_sorted" if x.is_cuda else "merge_mean", x)
+    if compiled:
         (out, total), bad = _fake(x, assignment, num_out), core.new_flags(x)
-        compiled(x, assignment.contiguous(), size, check, out, total, bad)
+        if x.is_cuda:
+            ordered, order = torch.sort(assignment, stable=True)
+            start = torch.searchsorted(ordered, torch.arange(num_out + 1, device=x.device))
+            compiled(x, order, start, size, check, out, total, bad)
+        else:
+            compiled(x, assignment.contiguous(), size, check, out, total, bad)
         if check:
             core.raise_not_finite(bad, "the merged x")
         return out, total

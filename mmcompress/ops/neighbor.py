@@ -25,7 +25,7 @@ def _cosine_top_k(x, offsets, k, check=True):
         for item, n in enumerate(offsets.diff().tolist()):
             if n and not 1 <= k <= n - 1:
                 raise ValueError(f"k must be between 1 and N - 1 = {n - 1} in item {item}, got {k}")
-    if compiled := core.kernel("cosine_top_k", x):
+    if (not x.is_cuda or k <= core.CUDA_NEIGHBORS) and (compiled := core.kernel("cosine_top_k", x)):
         (value, index), bad = _fake(x, offsets, k), core.new_flags(x)
         compiled(x, offsets, k, check, value, index, bad)
         if check:
