@@ -147,7 +147,8 @@ def crop_ratios(thumbnail: Tensor, crops: tuple[int, int], temperature: float, k
 
 def crop_scores(thumbnail: Tensor, own: Tensor, crop: Tensor, layout: Layout, alpha: float) -> Tensor:
     """Score of every canvas token [B, M]: the thumbnail's map at its place and its own logit, each of unit norm in the crop."""
-    side, (_, _, height, width) = layout.side, unpadded_box(layout, own.shape[1])
+    side: int = layout.side  # type: ignore[assignment]
+    _, _, height, width = unpadded_box(layout, own.shape[1])
     if not own.shape[1]:
         return own
     shown = interpolate(thumbnail.view(-1, 1, side, side), (height, width), mode="bilinear").flatten(1)
