@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mmcompress-installed
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup build demo test lint clean
+.PHONY: help setup build build-cuda sanitize demo test lint clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -20,6 +20,20 @@ $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	@touch $@
 
 build: setup      ## the same; the compiled operators are built where a compiler is found
+
+build-cuda: setup ## the CUDA operators for sm_80 and sm_90; needs a toolkit, no GPU
+	MMCOMPRESS_BUILD=cuda TORCH_CUDA_ARCH_LIST="8.0;9.0" $(BIN)/python setup.py -q build_ext --inplace
+
+# A copy of the tree, so that the installed library stays; AVX-512 code runs emulated where the processor lacks it.
+SANITIZED := build/sanitize
+sanitize: setup   ## the CPU operators' tests under the address and undefined-behaviour sanitizers
+	@rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/mmcompress $(SANITIZED)/tests
+	@cp -r csrc setup.py pyproject.toml $(SANITIZED) && cp -r mmcompress/ops $(SANITIZED)/mmcompress && cp -r tests/ops $(SANITIZED)/tests
+	@touch $(SANITIZED)/mmcompress/__init__.py $(SANITIZED)/README.md $(SANITIZED)/LICENSE
+	cd $(SANITIZED) && MMCOMPRESS_BUILD=cpu MMCOMPRESS_SANITIZE=1 MMCOMPRESS_EMULATE_AVX512=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	  tests/ops/test_hand_examples.py tests/ops/test_ops_decisions.py tests/ops/test_ops_errors.py tests/ops/test_ops_properties.py
 
 demo: setup       ## questions about real pictures, uncompressed and compressed; writes demo/index.html
 	$(BIN)/mmcompress demo --out demo
