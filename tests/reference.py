@@ -1,7 +1,7 @@
 """The independent oracle of the seam: one sample at a time, a hand-written loop over decoder layers, rows removed by hand.
 
-Eager attention, no cache, no padding, no batch, no code of `mmcompress.patch` or `mmcompress.models`. The only thing taken from a
-running model is what its stock core hands to its text model (merged embeddings and position ids).
+Eager attention, no cache, no padding, no batch, no code of `mmcompress.patch` or `mmcompress.models`. The only thing taken
+from a running model is what its stock core hands to its text model (merged embeddings and position ids).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Step:
 
 @dataclass
 class Result:
-    """logits [S + T, V] on the caller's columns (a dropped one repeats the last kept before it); columns kept; rows per layer."""
+    """logits [S + T, V] on the caller's columns (a dropped one repeats the last kept before it), columns kept, rows a layer."""
 
     logits: Tensor
     columns: Tensor
@@ -136,7 +136,7 @@ def reference(
         x = torch.cat([x, text.embed_tokens(torch.tensor(list(new_ids)))])
         position = torch.cat([position, position.max() + 1 + torch.arange(T).expand(len(position), T)], 1)
     column = torch.arange(S + T)
-    items = [tokens for tokens, _ in find_items(inputs)]
+    items = find_items(inputs)
     result = Result(x, column)
     weights = None
     window = getattr(model.config.text_config, "sliding_window", None)
@@ -162,8 +162,9 @@ def reference(
 
 
 def _reduce(number, stage, x, column, position, items, weights, S, steps):
+    """An item's separators stay for as long as one of its tokens does."""
     dropped, left = [], []
-    for n, tokens in enumerate(items):
+    for n, (tokens, separators) in enumerate(items):
         rows = torch.searchsorted(column, tokens)
         signals = {}
         if "query_attention" in stage.reads:
@@ -174,7 +175,9 @@ def _reduce(number, stage, x, column, position, items, weights, S, steps):
         anchor = r.anchor[0, :K]
         x = x.index_put((rows[anchor],), r.x[0, :K])
         dropped.append(tokens[~torch.isin(torch.arange(len(tokens)), anchor)])
-        left.append(tokens[anchor])
+        if K == 0:
+            dropped.append(separators)
+        left.append((tokens[anchor], separators[: len(separators) * (K > 0)]))
         steps.append(Step(number, n, len(tokens), K))
     keep = ~torch.isin(column, torch.cat(dropped)) if dropped else torch.ones_like(column, dtype=torch.bool)
     return x[keep], column[keep], position[:, keep], left

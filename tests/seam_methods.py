@@ -1,9 +1,9 @@
-"""Three small methods that the tests of the seam install; none is registered."""
+"""Small methods that the tests of the seam install; none is registered."""
 
 import torch
 
 from mmcompress.compressor import Compressor, Scorer, Selector
-from mmcompress.tokens import Reduction
+from mmcompress.tokens import Reduction, identity, keep
 
 
 def direction(tokens):
@@ -59,6 +59,16 @@ class Attended(Scorer):
         return tokens.signals["query_attention"]
 
 
+class DropAll(Compressor):
+    """Nothing of any item stays."""
+
+    has_ratio = False
+    keep_ratio: float = 0.5
+
+    def compress(self, tokens):
+        return keep(tokens, tokens.group[:, :0])
+
+
 class Watch(Compressor):
     """Keeps everything (yet is no identity to the seam) and notes the tokens it saw."""
 
@@ -68,8 +78,6 @@ class Watch(Compressor):
         self.seen = []
 
     def compress(self, tokens):
-        from mmcompress.tokens import identity
-
         self.seen.append(tokens)
         return identity(tokens)
 

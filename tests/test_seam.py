@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from reference import capture, find_items, reference, text_model
-from seam_methods import Attended, Direction, MeanMerge, watch
+from seam_methods import Attended, Direction, DropAll, MeanMerge, watch
 
 import mmcompress
 from mmcompress.compressor import CacheCompressor, TowerCompressor
@@ -22,6 +22,7 @@ STAGES = {
     "attended": lambda: Attended(keep_ratio=0.4, layer=1),
     "two_layers": lambda: Direction(keep_ratio=0.6, layer=1) | MeanMerge(layer=3),
     "prefill_and_layer": lambda: MeanMerge() | Attended(keep_ratio=0.5, layer=2),
+    "drop_all": lambda: Direction(keep_ratio=0.5) | DropAll(layer=3),
     "three": lambda: Direction(keep_ratio=0.7) | Attended(keep_ratio=0.7, layer=0.5) | MeanMerge(layer=3),
 }
 ROWS, STEPS = 4, 5
