@@ -124,14 +124,12 @@ class Result:
 
 
 def settings() -> list[Setting]:
-    """The uncompressed control first, then every method, at every ratio where it has one."""
+    """The uncompressed control first, then every method ratio by ratio, at last those with a rule of their own."""
     from mmcompress.cards import has_ratio
 
-    out = [Setting(CONTROL, None)]
-    for name in list_methods():
-        if name != CONTROL:
-            out += [Setting(name, r) for r in RATIOS] if has_ratio(name) else [Setting(name, None)]
-    return out
+    names = [name for name in list_methods() if name != CONTROL]
+    out = [Setting(name, ratio) for ratio in RATIOS for name in names if has_ratio(name)]
+    return [Setting(CONTROL, None), *out, *(Setting(name, None) for name in names if not has_ratio(name))]
 
 
 def questions(n: int) -> list[tuple[Any, Asked]]:

@@ -17,7 +17,7 @@ from mmcompress.report import gflop, mib, percent
 from mmcompress.viz import View, layer, outlines
 
 if TYPE_CHECKING:
-    from mmcompress.demo import Asked, Result, Run
+    from mmcompress.demo import Asked, Result, Run, Setting
 
 LONGEST = 640  # pixels of an embedded picture
 
@@ -32,7 +32,11 @@ def page(result: Result) -> str:
     pictures = "".join(f".p{i} {{ background-image: url({jpeg(a.picture)}); }}\n" for i, a in enumerate(result.asked))
     articles = "\n".join(article(i, a, ratios) for i, a in enumerate(result.asked))
     skipped = "".join(f"<li><code>{escape(k)}</code>: {escape(v)}</li>" for k, v in result.skipped.items())
+    skipped = f'<p>Not run on this model:</p><ul class="small">{skipped}</ul>' if skipped else ""
     env = result.environment
+    threads = f"{env['threads']} CPU thread{'' if env['threads'] == 1 else 's'}"
+    where = escape(f"{env['device']}, {env['dtype']}, {threads}, PyTorch {env['torch']}")
+    num_runs = sum(len(a.runs) for a in result.asked)
     style = files("mmcompress").joinpath("page.css").read_text()
     return f"""<!doctype html>
 <html lang="en">
@@ -62,23 +66,24 @@ how many of each crop's tokens stayed; the small view is the thumbnail, which th
 {" ".join(f'<a href="#q{i + 1}">{i + 1}</a>' for i in range(n))}</span></nav>
 {articles}
 <h2>What this shows, and what it does not</h2>
-<p>The model ({escape(result.model)}) is tiny: a 135-million-parameter language model behind a small vision tower, with a projector and
-adapters trained for a short time on questions of this kind (other pictures). It answers short questions about digits, words,
-colours and shapes, and it is easily wrong about anything else.</p>
-<p>{n} questions are an illustration, not a benchmark: one answer more or less moves a score by {100 / n:.0f} percentage points, and the
-order of the methods would change with other questions. Nothing was picked: these are the first {n} questions of the test
-split for seed 0.</p>
-<p>Tokens, sequence length, KV cache and FLOPs are exact counts. Sequence length is the mean over the decoder's layers and includes text and
-separators (row ends that are always kept). FLOPs are those of the language model's prefill. Prefill ms is measured once per
-question, from the call to the first token, vision tower and compression included, with {env["threads"]} CPU
-{"thread" if env["threads"] == 1 else "threads"} ({escape(env["device"])}, {escape(env["dtype"])}, PyTorch {escape(env["torch"])}): expect noise.</p>
-{f'<p>Not run on this model:</p><ul class="small">{skipped}</ul>' if skipped else ""}
+<p>The model ({escape(result.model)}) is tiny: a 135-million-parameter language model behind a small vision tower, with a
+projector and adapters trained for a short time on questions of this kind (other pictures). It answers short questions about
+digits, words, colours and shapes, and it is easily wrong about anything else.</p>
+<p>{n} questions are an illustration, not a benchmark: one answer more or less moves a score by {100 / n:.0f} percentage
+points, and the order of the methods would change with other questions. Nothing was picked: these are the first questions of
+the test split for seed 0. The photographs come with scikit-image, scikit-learn and Matplotlib; shapes, digits and words were
+painted on them, so that the place of the answer is known.</p>
+<p>Tokens, sequence length, KV cache and FLOPs are exact counts. Sequence length is the mean over the decoder's layers and
+includes text and separators (row ends, kept beside the tokens). FLOPs are those of the language model's prefill. Prefill ms is
+measured once per question, from the call to the first token, vision tower and compression included,
+on {where}: expect noise.</p>
+{skipped}
 <h2>Do it yourself</h2>
 <pre>make demo                                   # this page
 mmcompress run --model zoo:image --image FILE --prompt "What digit is in the picture?" \\
     --method k_center --keep-ratio 0.25 --compare
 mmcompress inspect --image FILE --method k_center,global_guided --keep-ratio 0.25 --out inspect</pre>
-<details><summary>All {sum(len(a.runs) for a in result.asked)} runs</summary><div class="scroll">{everything(result)}</div></details>
+<details><summary>All {num_runs} runs</summary><div class="scroll">{everything(result)}</div></details>
 </main>
 </body>
 </html>
@@ -89,50 +94,52 @@ def facts(result: Result, ratios: list[float]) -> str:
     n, control = len(result.asked), result.settings[0]
     out = [(f"{result.num_correct(control)} of {n}", "right with all tokens")]
     for ratio in ratios:
-        own = [s for s in result.settings if s.ratio == ratio]
-        best = max(own, key=result.num_correct)
-        names = [s.method for s in own if result.num_correct(s) == result.num_correct(best)]
-        who = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        out.append((f"{result.num_correct(best)} of {n}", f"right with {100 * ratio:g} %, at best ({who})"))
-        if ratio == ratios[0]:
-            less = 1 - result.mean(best, "flops") / result.mean(control, "flops")
-            smaller = result.mean(control, "kv_bytes") / result.mean(best, "kv_bytes")
-            later = (f"−{100 * less:.0f} %", f"prefill FLOPs at {100 * ratio:g} %, and a KV cache {smaller:.1f} times smaller")
+        counts = [result.num_correct(s) for s in result.settings if s.ratio == ratio]
+        span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        out.append((f"{span} of {n}", f"right with {100 * ratio:g} % of them, worst to best of {len(counts)} methods"))
     if ratios:
-        out.append(later)
+        first = next(s for s in result.settings if s.ratio == ratios[0])
+        less = 1 - result.mean(first, "flops") / result.mean(control, "flops")
+        smaller = result.mean(control, "kv_bytes") / result.mean(first, "kv_bytes")
+        what = f"prefill FLOPs at {100 * ratios[0]:g} % ({first.method}), and a KV cache {smaller:.1f} times smaller"
+        out.append((f"−{100 * less:.0f} %", what))
     return "".join(
         f'<div class="fact"><b>{escape(big)}</b><span class="muted">{escape(small)}</span></div>' for big, small in out
     )
 
 
 def glance(result: Result) -> str:
-    """One row per setting: a mark per question, and the means."""
+    """One row per setting, in groups of one ratio: a mark per question, and the means."""
     control = result.settings[0]
-    head = "".join(f'<th><a href="#q{i + 1}">{i + 1}</a></th>' for i in range(len(result.asked)))
-    rows = []
+    head = "".join(f'<th class="q"><a href="#q{i + 1}">{i + 1}</a></th>' for i in range(len(result.asked)))
+    columns = len(result.asked) + 7
+    body, group = [], object()
     for s in result.settings:
-        marks = "".join(
-            f'<td class="mark"><a class="{"right" if r.correct else "wrong"}" href="#q{i + 1}" '
-            f'title="{escape(r.answer or "(nothing)", quote=True)}">{mark(r)}</a></td>'
-            for i, r in enumerate(result.of(s))
-        )
-        kept = percent(result.mean(s, "tokens_kept"), result.mean(s, "tokens_in"))
-        bars = "".join(
-            bar(shown(result.mean(s, name)), result.mean(s, name) / result.mean(control, name))
-            for name, shown in (
-                ("sequence", lambda v: f"{v:.0f}"),
-                ("kv_bytes", mib),
-                ("flops", gflop),
-                ("prefill_ms", lambda v: f"{v:.0f}"),
-            )
-        )
-        rows.append(
-            f'<tr class="{"control" if s == control else ""}"><th>{escape(s.label)}</th>{marks}'
-            f"<td><b>{result.num_correct(s)}</b></td><td>{kept}</td>{bars}</tr>"
-        )
+        if s.ratio != group and s != control:
+            group = s.ratio
+            title = "by a rule of their own" if s.ratio is None else f"keep {100 * s.ratio:g} %"
+            body.append(f'<tr class="group"><th colspan="{columns}" scope="rowgroup">{title}</th></tr>')
+        body.append(glance_row(result, s, control))
     return (
-        f'<table class="glance"><thead><tr><th>setting</th>{head}<th>right</th><th>kept</th><th>sequence</th><th>KV MiB</th>'
-        f"<th>GFLOP</th><th>prefill ms</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<table class="glance"><thead><tr><th>method</th>{head}<th>right</th><th>kept</th><th>sequence</th><th>KV MiB</th>'
+        f"<th>GFLOP</th><th>prefill ms</th></tr></thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def glance_row(result: Result, setting: Setting, control: Setting) -> str:
+    marks = "".join(
+        f'<td class="mark"><a class="{"right" if r.correct else "wrong"}" href="#q{i + 1}" '
+        f'title="{escape(r.answer or "(nothing)", quote=True)}">{mark(r)}</a></td>'
+        for i, r in enumerate(result.of(setting))
+    )
+    kept = percent(result.mean(setting, "tokens_kept"), result.mean(setting, "tokens_in"))
+    whole = lambda value: f"{value:,.0f}"  # noqa: E731
+    columns = (("sequence", whole), ("kv_bytes", mib), ("flops", gflop), ("prefill_ms", whole))
+    bars = "".join(bar(show(v := result.mean(setting, name)), v / result.mean(control, name)) for name, show in columns)
+    name = "uncompressed" if setting == control else setting.method
+    return (
+        f'<tr class="{"control" if setting == control else ""}"><th scope="row">{escape(name)}</th>{marks}'
+        f"<td><b>{result.num_correct(setting)}</b></td><td>{kept}</td>{bars}</tr>"
     )
 
 
@@ -163,11 +170,16 @@ def article(i: int, asked: Asked, ratios: list[float]) -> str:
             f'width="{right - left}" height="{bottom - top}"/></svg>'
         )
     tiles = "\n".join(tile(i, asked, run, ratios) for run in rest)
+    label = f"the picture of question {i + 1}"
+    cost = f"{control.sequence:,.0f} rows, {mib(control.kv_bytes)} MiB of KV cache, {gflop(control.flops)} GFLOP"
     return f"""<article id="q{i + 1}">
-<div class="ask"><figure><div class="view p{i}" role="img" aria-label="the picture of question {i + 1}" style="aspect-ratio: {width} / {height}">{evidence}</div></figure>
+<div class="ask">
+<figure><div class="view p{i}" role="img" aria-label="{label}" style="aspect-ratio: {width}/{height}">{evidence}</div></figure>
 <div><div class="number">Question {i + 1} · {escape(asked.task)}</div><h3>{escape(asked.prompt)}</h3>
-<p>Expected <b>{escape(" or ".join(asked.answers))}</b>. With all {control.tokens_in:,} tokens the model says {chip(control)}.</p>
-<p class="muted small">{control.sequence:.0f} rows, {mib(control.kv_bytes)} MiB of KV cache, {gflop(control.flops)} GFLOP and {control.prefill_ms:.0f} ms of prefill.</p></div></div>
+<p>Expected: <b>{escape(" or ".join(asked.answers))}</b></p>
+<p>With all {control.tokens_in:,} tokens: {chip(control)}</p>
+<p class="muted small">{cost} and {control.prefill_ms:,.0f} ms of prefill.</p></div>
+</div>
 <div class="tiles">{tiles}</div>
 </article>"""
 
@@ -177,9 +189,12 @@ def tile(i: int, asked: Asked, run: Run, ratios: list[float]) -> str:
     ratio = run.setting.ratio
     group = "" if ratio not in ratios[:2] else f" ratio-{'ab'[ratios.index(ratio)]}"
     shown = "".join(view(i, asked, v, 1 if len(run.views) > 1 and v is run.views[0] else 2) for v in run.views)
-    kept = percent(run.tokens_kept, run.tokens_in)
-    return f"""<figure class="tile{group}"><div class="views">{shown}</div>
-<figcaption><b>{escape(run.setting.method)}</b>{chip(run)}<span>{run.tokens_kept} of {run.tokens_in} ({kept})</span><span>{run.prefill_ms:.0f} ms</span></figcaption></figure>"""
+    kept = f"{run.tokens_kept} of {run.tokens_in} ({percent(run.tokens_kept, run.tokens_in)})"
+    return (
+        f'<figure class="tile{group}"><div class="views">{shown}</div><figcaption>'
+        f"<b>{escape(run.setting.method)}</b>{chip(run)}<span>{kept}</span><span>{run.prefill_ms:,.0f} ms</span>"
+        "</figcaption></figure>"
+    )
 
 
 def view(i: int, asked: Asked, v: View, grow: int) -> str:
@@ -226,13 +241,12 @@ def everything(result: Result) -> str:
                 gflop(r.flops),
                 f"{r.prefill_ms:.0f}",
             ]
-            numbers = "".join(f"<td>{c}</td>" for c in cells)
-            rows.append(
-                f'<tr><td class="text">{i + 1}</td><td class="text">{escape(r.setting.label)}</td><td class="text">{chip(r)}</td>{numbers}</tr>'
-            )
-    names = ["kept/in", "separators", "sequence", "KV MiB", "GFLOP", "prefill ms"]
+            texts = (str(i + 1), escape(r.setting.label), chip(r))
+            line = "".join(f'<td class="text">{c}</td>' for c in texts) + "".join(f"<td>{c}</td>" for c in cells)
+            rows.append(f"<tr>{line}</tr>")
+    names = ["no", "setting", "answer", "kept/in", "separators", "sequence", "KV MiB", "GFLOP", "prefill ms"]
     head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<table><thead><tr><th>no</th><th class="text">setting</th><th>answer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def mark(run: Run) -> str:
@@ -241,7 +255,8 @@ def mark(run: Run) -> str:
 
 def chip(run: Run) -> str:
     answer = " ".join(run.answer.split()) or "(nothing)"
-    return f'<span class="answer {"right" if run.correct else "wrong"}" title="{escape(answer, quote=True)}">{mark(run)} {escape(answer)}</span>'
+    kind = "right" if run.correct else "wrong"
+    return f'<span class="answer {kind}" title="{escape(answer, quote=True)}">{mark(run)} {escape(answer)}</span>'
 
 
 def jpeg(picture: Any) -> str:

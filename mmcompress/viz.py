@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-DIM = (30, 35, 47, 208)  # over a dropped token, RGBA
+DIM = (44, 51, 68, 206)  # over a dropped token, RGBA
 BLEND = 190  # opacity of a merged cluster's mean colour
 INK, PAPER, MUTED, ACCENT = (240, 242, 247), (15, 17, 23), (150, 157, 172), (255, 196, 84)
 

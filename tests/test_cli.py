@@ -1,0 +1,359 @@
+"""The command line: results, JSON, and one sentence with exit code 2 for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+from PIL import Image
+
+import mmcompress
+from mmcompress.cli import main
+from mmcompress.registry import list_methods
+
+DATA = Path(__file__).parent / "data"
+PHOTO = str(DATA / "coffee.jpg")
+RUN = ["run", "--prompt", "w20 w21"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """model(family) -> a folder with the tiny model and its processor."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = checkpoints.save(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
+
+
+def call(capsys, *arguments):
+    capsys.readouterr()
+    code = main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def result(capsys, *arguments):
+    code, out, err = call(capsys, *arguments, "--json")
+    assert code == 0 and err == "", err
+    return json.loads(out)
+
+
+def refused(capsys, *arguments, says):
+    code, out, err = call(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("mmcompress: ") and "Traceback" not in err
+    assert says in err, err
+
+
+# what is wrong
+
+BAD = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["rnu"], "did you mean 'run'?"),
+    "unknown option": ([*RUN, "--image", PHOTO, "--keep", "1"], "--keep"),
+    "no prompt": (["run", "--image", PHOTO], "--prompt"),
+    "nothing to compress": (RUN, "nothing to compress"),
+    "unknown method": ([*RUN, "--image", PHOTO, "--method", "k_centre"], "did you mean 'k_center'?"),
+    "keep_ratio 0": ([*RUN, "--image", PHOTO, "--keep-ratio", "0"], "keep_ratio must be in (0, 1], got 0"),
+    "keep_ratio 1.5": ([*RUN, "--image", PHOTO, "--keep-ratio", "1.5"], "keep_ratio must be in (0, 1], got 1.5"),
+    "keep_ratio nan": ([*RUN, "--image", PHOTO, "--keep-ratio", "nan"], "keep_ratio must be in (0, 1], got nan"),
+    "keep_ratio text": ([*RUN, "--image", PHOTO, "--keep-ratio", "half"], "keep_ratio must be a number in (0, 1], got 'half'"),
+    "layer text": ([*RUN, "--image", PHOTO, "--layer", "late"], "layer must be"),
+    "layer -1": ([*RUN, "--image", PHOTO, "--layer=-1"], "layer must be"),
+    "unknown field": ([*RUN, "--image", PHOTO, "--set", "metrc=cosine"], "did you mean 'metric'?"),
+    "bad value": ([*RUN, "--image", PHOTO, "--set", "metric=manhattan"], "metric must be"),
+    "field without a value": ([*RUN, "--image", PHOTO, "--set", "metric"], "FIELD=VALUE"),
+    "field given twice": ([*RUN, "--image", PHOTO, "--keep-ratio", "0.5", "--set", "keep_ratio=0.5"], "given twice"),
+    "two methods": ([*RUN, "--image", PHOTO, "--method", "pooling,k_center"], "one method"),
+    "max-new-tokens 0": ([*RUN, "--image", PHOTO, "--max-new-tokens", "0"], "--max-new-tokens must be"),
+    "missing picture": ([*RUN, "--image", "nowhere.jpg"], "image must be an existing file, got 'nowhere.jpg'"),
+    "a folder as picture": ([*RUN, "--image", str(DATA)], "image must be an existing file"),
+    "missing clip": ([*RUN, "--video", "nowhere.mp4"], "video must be an existing file"),
+    "missing recording": ([*RUN, "--audio", "nowhere.wav"], "audio must be an existing file"),
+    "corrupt picture": ([*RUN, "--image", str(DATA / "README.md")], "image must be a picture that Pillow can read"),
+    "corrupt clip": ([*RUN, "--video", str(DATA / "README.md")], "video must be a clip that OpenCV can read"),
+    "corrupt recording": ([*RUN, "--audio", str(DATA / "README.md")], "audio must be a recording that soundfile can read"),
+    "unknown zoo model": ([*RUN, "--image", PHOTO, "--model", "zoo:imge"], "did you mean 'image'?"),
+    "no such folder": ([*RUN, "--image", PHOTO, "--model", "./no/such/folder"], "model must be"),
+    "a folder without a model": ([*RUN, "--image", PHOTO, "--model", str(DATA)], "config.json"),
+    "one file for two methods": (
+        ["inspect", "--image", PHOTO, "--method", "pooling,k_center", "--out", "a.png"],
+        "--out must be a folder",
+    ),
+    "a method named twice": (["inspect", "--image", PHOTO, "--method", "pooling,pooling"], "once"),
+    "no questions": (["demo", "--num-questions", "0"], "--num-questions must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(capsys, name):
+    arguments, says = BAD[name]
+    refused(capsys, *arguments, says=says)
+
+
+def test_a_truncated_picture_is_one_sentence(capsys, tmp_path):
+    broken = tmp_path / "half.jpg"
+    broken.write_bytes(Path(PHOTO).read_bytes()[:9000])
+    refused(capsys, *RUN, "--image", broken, says="half.jpg")
+
+
+def test_an_unsupported_model_is_refused_before_its_weights_are_read(capsys, tmp_path):
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    refused(capsys, *RUN, "--image", PHOTO, "--model", tmp_path, says="supported family (llava, ")
+
+
+def test_a_method_that_needs_crops_is_refused_on_a_model_without(capsys, model):
+    arguments = [*RUN, "--image", PHOTO, "--model", model("llava"), "--method", "global_guided"]
+    refused(capsys, *arguments, says="global_guided reads the signal 'crops'")
+
+
+def test_what_a_model_does_not_take_is_refused(capsys, model, tmp_path):
+    refused(capsys, *RUN, "--image", PHOTO, "--model", model("llava"), "--layer", "99", says="4 decoder layers")
+    refused(capsys, *RUN, "--image", PHOTO, "--model", model("qwen2_audio"), says="takes audio, got image")
+    refused(capsys, *RUN, "--image", PHOTO, "--model", model("llava"), "--method", "vidcom2", says="vidcom2 compresses video")
+    refused(capsys, *RUN, "--image", PHOTO, "--model", model("qwen2_5_vl"), "--method", "vidcom2", says="compresses video only")
+
+
+def test_an_error_for_machines(capsys):
+    code, out, err = call(capsys, *RUN, "--image", PHOTO, "--keep-ratio", "0", "--json")
+    assert code == 2 and json.loads(out)["error"] in err and err.count("\n") == 1
+
+
+def test_traceback_on_request():
+    with pytest.raises(ValueError, match="keep_ratio"):
+        main([*RUN, "--image", PHOTO, "--keep-ratio", "0", "--traceback"])
+
+
+def test_an_unexpected_error_keeps_its_traceback(capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("mmcompress.cards.method_rows", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["methods"])
+    code, out, err = call(capsys, "methods", "--json")
+    assert code == 1 and json.loads(out) == {"error": "RuntimeError: a defect"} and err.count("\n") == 1
+
+
+# results
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_run_compares_with_the_uncompressed_model(capsys, model, family):
+    out = result(
+        capsys, *RUN, "--model", model(family), "--image", PHOTO, "--keep-ratio", "0.25", "--compare", "--max-new-tokens", 3
+    )
+    assert out["method"]["method"] == "k_center" and out["method"]["keep_ratio"] == 0.25
+    full, few = out["uncompressed"]["ledger"]["totals"], out["ledger"]["totals"]
+    assert full["tokens_kept"] == full["tokens_in"] == few["tokens_in"]
+    assert few["tokens_kept"] == mmcompress.num_kept(few["tokens_in"], 0.25)
+    assert few["sequence_in"] - few["sequence_kept"] == few["tokens_in"] - few["tokens_kept"]
+    assert isinstance(out["answer"], str) and isinstance(out["uncompressed"]["answer"], str)
+    assert 0 < out["prefill_ms"] <= out["total_ms"]
+
+
+def test_keep_ratio_1_answers_as_uncompressed(capsys, model):
+    out = result(
+        capsys,
+        *RUN,
+        "--model",
+        model("llava_next"),
+        "--image",
+        PHOTO,
+        "--image",
+        DATA / "chelsea.jpg",
+        "--keep-ratio",
+        "1",
+        "--compare",
+    )
+    assert out["answer"] == out["uncompressed"]["answer"] != ""
+    assert len(out["ledger"]["samples"][0]["items"]) == 2
+
+
+def test_fields_and_layer_reach_the_method(capsys, model):
+    fields = ["--method", "pooling", "--set", "stride=4", "--set", "tail=drop", "--layer", "0.5"]
+    out = result(capsys, *RUN, "--model", model("llava"), "--image", PHOTO, *fields)
+    assert (out["method"]["stride"], out["method"]["tail"], out["method"]["layer"]) == (4, "drop", 0.5)
+    assert out["ledger"]["samples"][0]["items"][0]["kept_from"] == {"2": 4}
+
+
+def test_run_for_people(capsys, model):
+    code, out, err = call(capsys, *RUN, "--model", model("llava"), "--image", PHOTO, "--compare", "--max-new-tokens", 2)
+    assert code == 0 and err == ""
+    assert out.startswith("uncompressed: ") and "16/16" in out and "2/16" in out and "KV MiB" in out
+
+
+def test_run_on_a_clip(capsys, model, tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    path = str(tmp_path / "clip.avi")
+    clip = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for i in range(20):
+        clip.write(np.full((48, 64, 3), 10 * i, np.uint8))
+    clip.release()
+    arguments = [
+        *RUN,
+        "--model",
+        model("qwen2_5_vl"),
+        "--video",
+        path,
+        "--num-frames",
+        4,
+        "--method",
+        "vidcom2",
+        "--keep-ratio",
+        "0.5",
+    ]
+    (item,) = result(capsys, *arguments)["ledger"]["samples"][0]["items"]
+    assert item["kind"] == "video" and item["kept_from"]["0"] == mmcompress.num_kept(item["tokens_in"], 0.5)
+
+
+def test_run_on_a_recording(capsys, model, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, np.sin(np.arange(6000) / 9).astype("float32"), 8000)
+    out = result(capsys, *RUN, "--model", model("qwen2_audio"), "--audio", path, "--method", "pooling", "--keep-ratio", "0.5")
+    (item,) = out["ledger"]["samples"][0]["items"]
+    assert item["kind"] == "audio" and 0 < item["kept_from"]["0"] == mmcompress.num_kept(item["tokens_in"], 0.5)
+
+
+def test_inspect_writes_one_picture_per_method(capsys, model, tmp_path):
+    out = result(
+        capsys,
+        "inspect",
+        "--model",
+        model("llava_next"),
+        "--image",
+        PHOTO,
+        "--method",
+        "global_guided,pooling",
+        "--keep-ratio",
+        "0.25",
+        "--out",
+        tmp_path,
+    )
+    assert [Path(w["file"]).name for w in out] == ["coffee_global_guided.png", "coffee_pooling.png"]
+    pictures = [Image.open(w["file"]).convert("RGB") for w in out]
+    assert min(min(p.size) for p in pictures) > 300 and pictures[0].tobytes() != pictures[1].tobytes()
+    one = tmp_path / "new" / "one.png"
+    code, text, _ = call(capsys, "inspect", "--model", model("llava"), "--image", PHOTO, "--out", one)
+    assert code == 0 and text.strip() == str(one) and one.exists()
+
+
+def test_methods(capsys):
+    rows = {r["name"]: r for r in result(capsys, "methods")}
+    assert list(rows) == list_methods()
+    assert rows["k_center"]["reads"] == ["cls_logits (if offered)"] and rows["k_center"]["fields"]["keep_ratio"] == 0.1
+    assert "keep_ratio" not in rows["none"]["fields"] and all(r["what"].endswith(".") for r in rows.values())
+    code, out, _ = call(capsys, "methods")
+    assert code == 0 and all(f"\n{name} " in out for name in list_methods())
+
+
+def test_models(capsys):
+    out = result(capsys, "models")
+    assert {f["name"] for f in out["families"]} >= {"llava", "llava_next", "qwen2_5_vl", "qwen2_audio"}
+    assert "zoo:image" in out["zoo"]
+    code, text, _ = call(capsys, "models")
+    assert code == 0 and "zoo:image" in text and "qwen2_audio" in text
+
+
+def test_doctor_tells_what_runs_and_why(capsys):
+    out = result(capsys, "doctor")
+    assert out["mmcompress"] == mmcompress.__version__ and out["operators"] == mmcompress.ops.status()
+    code, text, _ = call(capsys, "doctor")
+    assert code == 0 and "k_center" in text and "What would make it faster" in text
+
+
+def test_doctor_advises_what_is_missing():
+    from mmcompress.doctor import advice
+
+    report = {
+        "operators": {"k_center": {"cpu": "reference (not built)", "cuda": "reference (not built)"}},
+        "gpus": [{"name": "a GPU"}],
+        "cuda_build": "13.0",
+        "cpu": {"threads": 1, "cores": 8},
+        "extras": {"video": ["cv2"], "audio": []},
+    }
+    hints = advice(report)
+    assert len(hints) == 4 and "MMCOMPRESS_BUILD=cpu" in hints[0] and "MMCOMPRESS_BUILD=cuda" in hints[1]
+    assert "OMP_NUM_THREADS=8" in hints[2] and "mmcompress[video]" in hints[3]
+    fine = {
+        **report,
+        "operators": {"k_center": {"cpu": "compiled (avx2)", "cuda": "compiled"}},
+        "cpu": {"threads": 8, "cores": 8},
+        "extras": {},
+    }
+    assert advice(fine) == []
+
+
+def test_a_missing_extra_names_the_command(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    refused(capsys, *RUN, "--video", PHOTO, says="pip install 'mmcompress[video]'")
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    refused(capsys, *RUN, "--audio", PHOTO, says="pip install 'mmcompress[audio]'")
+
+
+def test_a_picture_is_turned_upright(tmp_path):
+    from mmcompress.media import load_image
+
+    picture = Image.new("RGB", (20, 10), "white")
+    picture.putpixel((0, 0), (0, 0, 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    picture.save(tmp_path / "turned.png", exif=exif)
+    upright = load_image(tmp_path / "turned.png")
+    assert upright.size == (10, 20) and upright.getpixel((9, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in ("demo", "run", "inspect", "methods", "models", "doctor"))])
+def test_help_fits_a_screen_and_has_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "example:\n  mmcompress" in out
+    assert len(out.splitlines()) <= 40 and (not command or "--json" in out)
+
+
+def test_the_process_itself(tmp_path):
+    """Exit code, one line on stderr, nothing on stdout; and help without a heavy import."""
+    command = [sys.executable, "-m", "mmcompress.cli"]
+    done = subprocess.run([*command, *RUN, "--image", "nowhere.jpg"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    code = """
+import sys
+from mmcompress.cli import main
+for arguments in (["run", "--help"], ["methods"], ["models"], ["doctor"]):
+    try: main(arguments)
+    except SystemExit: pass
+assert "transformers" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# the demo, on a tiny model
+
+
+def test_demo_runs_every_method_and_leaves_no_cell_empty(capsys, model, tmp_path, monkeypatch):
+    pytest.importorskip("easy_vqa")
+    from mmcompress import demo
+
+    monkeypatch.setattr(demo, "MODEL", model("llava_next"))
+    assert main(["demo", "--num-questions", "3", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr()
+    assert "question 3 of 3" in out.err
+    wanted = [s for s in demo.settings() if s.method != "vidcom2"]
+    table = [line.split() for line in out.out.split("prefill ms\n")[1].splitlines()[1:] if line[:2].strip().isdigit()]
+    assert len(table) == 3 * len(wanted) and all(len(row) >= 9 for row in table)
+    assert "Not run: vidcom2" in out.out
+    page = (tmp_path / "index.html").read_text()
+    for name in {s.method for s in wanted} - {"none"}:
+        assert f"<b>{name}</b>" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page and 'src="data:image/png' in page

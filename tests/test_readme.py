@@ -1,0 +1,78 @@
+"""The README as a program: its tables are what the registry says, and its examples run as written."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mmcompress import cards, zoo
+from mmcompress.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("mmcompress ")]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that looks like the project's root, and a zoo that loads its model once."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "data").symlink_to(ROOT / "tests" / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "load", _load)
+    return tmp_path
+
+
+_load = functools.lru_cache(maxsize=None)(zoo.load)
+
+
+def test_tables_are_what_the_registry_says():
+    assert cards.update(README) == README, "run `python -m mmcompress.cards`"
+
+
+def test_an_outdated_table_is_noticed():
+    assert cards.update(README.replace("`k_center`", "`k_centre`")) == README
+    with pytest.raises(ValueError, match="methods"):
+        cards.update("no tables here")
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link.split("#")[0]).exists()] == []
+
+
+def test_the_two_commands_stand_at_the_top():
+    first = blocks("bash")[0]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+    targets = (ROOT / "Makefile").read_text()
+    assert "\ndemo:" in targets and "\ntest:" in targets
+
+
+def test_commands_of_the_readme_cover_every_command():
+    from mmcompress.cli import COMMANDS as known
+
+    assert {line.split()[1] for line in COMMANDS} == set(known)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_run(place, number, capsys):
+    code = compile(blocks("python")[number], f"README block {number}", "exec")
+    exec(code, {"__name__": "readme"})
+    if number == 0:
+        assert "→" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_shell_lines_run(place, line, capsys):
+    assert main(shlex.split(line)[1:]) == 0
+    assert capsys.readouterr().out.strip()
+    folder = re.search(r"--out (\S+)", line)
+    assert folder is None or any((place / folder[1]).iterdir())
