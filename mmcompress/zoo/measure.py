@@ -11,10 +11,12 @@ import argparse
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from mmcompress.eval.tasks import Detail, EasyVQA, create_task
@@ -26,50 +28,60 @@ from mmcompress.zoo.wheels import WHEELS
 TASKS = ("easy_vqa", "detail:small", "detail:middle", "detail:large")
 
 
-def questions(task: str, pictures: int, per_picture: int = 4, seed: int = 0):
-    """Test pictures of a task, each with `per_picture` questions: for detail one each of digit, word, colour and shape."""
-    if task == "easy_vqa":
-        out = []
-        for i, (picture, marks) in enumerate(EasyVQA().scenes("test", pictures, seed)):
-            pairs = marks[0].questions
-            order = np.random.default_rng([seed, i]).permutation(len(pairs))[:per_picture]
-            out.append((picture, [pairs[j] for j in order]))
-        return out
-    scenes = Detail(task.partition(":")[2]).scenes("test", pictures, seed)
-    kinds = [(p, {m.kind: m for m in marks}, [m for m in marks if m.kind == "shape"]) for p, marks in scenes]
-    every = [(p, [*m["digit"].questions, *m["word"].questions, s[0].questions[0], s[1].questions[1]]) for p, m, s in kinds]
-    return [(p, q[:per_picture]) for p, q in every]
+def questions(task: str, pictures: int, seed: int = 0) -> list[tuple[Image.Image, list[tuple[str, str]]]]:
+    """Test pictures of a task, each with all its questions (six of a detail scene, about ten of easy_vqa)."""
+    if task != "easy_vqa":
+        scenes = Detail(task.partition(":")[2]).scenes("test", pictures, seed)
+        return [(picture, [q for m in marks for q in m.questions]) for picture, marks in scenes]
+    return [(picture, marks[0].questions) for picture, marks in EasyVQA().scenes("test", pictures, seed)]
 
 
 @torch.inference_mode()
 def measure(model, processor, task: str, pictures: int, seed: int = 0, blind: bool = False) -> dict:
-    """Accuracy (ratio), 95 % interval by bootstrap over pictures, n questions, and accuracy by the kind of answer."""
-    reader, right, by_kind = Reader(model, processor.tokenizer), [], {}
-    for picture, pairs in tqdm(questions(task, pictures, seed=seed), desc=task + (" blind" if blind else ""), mininterval=10):
+    """Accuracy (ratio), its 95 % bootstrap interval over pictures, n questions, and accuracy by the kind of answer.
+
+    A detail scene has one digit and one word, but two colours and two shapes, which weigh half: each kind counts the same.
+    """
+    reader, rows, by_kind = Reader(model, processor.tokenizer), [], {}
+    for picture, pairs in tqdm(questions(task, pictures, seed), desc=task + (" blind" if blind else ""), mininterval=10):
         order, _ = layout(model.config, picture.size)
         features = np.zeros((0, 0), np.float16) if blind else tower_features(model, processor, picture).float().numpy()
         scene = Scene(features, order, torch.full((0,), -1), [])
-        _, ok = reader(scene, pairs, None if blind else torch.arange(len(order)))
-        right.append(ok)
-        for (_, answer), good in zip(pairs, ok, strict=True):
-            by_kind.setdefault(kind_of(task.partition(":")[0], answer), []).append(good)
-    low, high = interval(right, seed)
-    flat = [v for r in right for v in r]
+        _, right = reader(scene, pairs, None if blind else torch.arange(len(order)))
+        kinds = [kind_of(task.partition(":")[0], answer) for _, answer in pairs]
+        rows.append([(float(ok), 0.5 if k in ("colour", "shape") else 1.0) for ok, k in zip(right, kinds, strict=True)])
+        for kind, ok in zip(kinds, right, strict=True):
+            by_kind.setdefault(kind, []).append(ok)
+    low, high = interval(rows, seed)
+    flat = np.array([v for r in rows for v in r])
     return {
-        "accuracy": round(float(np.mean(flat)), 4),
+        "accuracy": round(float(np.average(flat[:, 0], weights=flat[:, 1])), 4),
         "interval": [round(low, 4), round(high, 4)],
         "n": len(flat),
-        "pictures": len(right),
+        "pictures": len(rows),
         "by_kind": {k: round(float(np.mean(v)), 4) for k, v in sorted(by_kind.items())},
     }
 
 
-def interval(right: list[list[bool]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over pictures (each with its questions)."""
+def question_only(task: str, pictures: int, seed: int = 0) -> float:
+    """What the best model without the picture can reach: each question's commonest answer in the train split; else chance."""
+    if task != "easy_vqa":
+        return create_task(task).chance  # drawn evenly, independent of the question
+    seen: dict[str, Counter[str]] = {}
+    for _, marks in EasyVQA(64).scenes("train", 4000, seed):
+        for question, answer in marks[0].questions:
+            seen.setdefault(question, Counter())[answer] += 1
+    pairs = [p for _, ps in questions(task, pictures, seed) for p in ps]
+    return float(np.mean([q in seen and seen[q].most_common(1)[0][0] == a for q, a in pairs]))
+
+
+def interval(rows: list[list[tuple[float, float]]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval over pictures of the weighted mean; each picture is a list of (right, weight)."""
     rng = np.random.default_rng(seed)
-    good, count = np.array([sum(r) for r in right]), np.array([len(r) for r in right])
-    picks = rng.integers(len(right), size=(draws, len(right)))
-    return tuple(float(v) for v in np.quantile(good[picks].sum(1) / count[picks].sum(1), [0.025, 0.975]))
+    good, total = np.array([sum(v * w for v, w in r) for r in rows]), np.array([sum(w for _, w in r) for r in rows])
+    picks = rng.integers(len(rows), size=(draws, len(rows)))
+    low, high = np.quantile(good[picks].sum(1) / total[picks].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,14 +89,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=list_models(), help="the model")
     parser.add_argument("run", type=Path, help="folder of a finished run of mmcompress.zoo.train")
     parser.add_argument("blind_run", type=Path, help="folder of a finished run with --blind")
-    parser.add_argument("--pictures", type=int, default=50, help="test pictures of each task, four questions each")
+    parser.add_argument("--pictures", type=int, default=36, help="test pictures of each task")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    blind, processor = _build(args.name, None, args.blind_run)
-    unseen = {t: measure(blind, processor, t, args.pictures * 2, args.seed, blind=True) for t in TASKS}
-    del blind
-    model, processor = _build(args.name, None, args.run)
-    measured = {t: measure(model, processor, t, args.pictures, args.seed) for t in TASKS}
+    measured = _measure_run(args, args.run, blind=False)
+    unseen = _measure_run(args, args.blind_run, blind=True)
     folder, files = parts_dir(args.name), ("projector.safetensors", "lora.safetensors")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -95,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         "measured": measured,
         "measure_seed": args.seed,
         "blind": unseen,
+        "question_only": {t: round(question_only(t, args.pictures, args.seed), 4) for t in TASKS},
         "chance": {t: round(create_task(t).chance, 4) for t in TASKS},
         "sha256": {f: hashlib.sha256((folder / f).read_bytes()).hexdigest() for f in files},
         "wheels": {
@@ -105,6 +115,18 @@ def main(argv: list[str] | None = None) -> None:
     for task in TASKS:
         got, none = measured[task], unseen[task]
         print(f"{task:14} {got['accuracy']:.3f} {got['interval']} n {got['n']}  blind {none['accuracy']:.3f}  {got['by_kind']}")
+
+
+def _measure_run(args: argparse.Namespace, run: Path, blind: bool) -> dict[str, dict]:
+    """All tasks; what the run's measured.json already holds is not measured again."""
+    file = run / "measured.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    model, processor = _build(args.name, None, run)
+    for task in TASKS:
+        if task not in found:
+            found[task] = measure(model, processor, task, args.pictures, args.seed, blind)
+            file.write_text(json.dumps(found, indent=1) + "\n")
+    return {t: found[t] for t in TASKS}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def verify(name: str, pictures: int, cache_dir: str | None) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mmcompress.zoo.verify", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="models (all)")
-    parser.add_argument("--pictures", type=int, default=13, help="test pictures of each task, four questions each")
+    parser.add_argument("--pictures", type=int, default=9, help="test pictures of each task (9: about 50 questions)")
     parser.add_argument(
         "--use-cache", action="store_true", help="trust the converted weights in the cache, do not rebuild them"
     )
