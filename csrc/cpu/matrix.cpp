@@ -100,7 +100,7 @@ void Columns::pack(const float* const* rows, int64_t count, int64_t panel) {
   }
 }
 
-void pack_strips(const float* rows, int64_t stride, int num, int64_t words, float* packed) {
+void pack_strips(const float* const* rows, int num, int64_t words, float* packed) {
   constexpr int64_t kBlock = 16;
   for (int r = 0; r < num; r += kStrip) {
     const int count = std::min(kStrip, num - r);
@@ -108,7 +108,7 @@ void pack_strips(const float* rows, int64_t stride, int num, int64_t words, floa
     for (int64_t w = 0; w < words; w += kBlock) {
       const int64_t block = std::min(kBlock, words - w);
       for (int i = 0; i < count; ++i)
-        for (int64_t j = 0; j < block; ++j) to[(w + j) * kStrip + i] = rows[(r + i) * stride + w + j];
+        for (int64_t j = 0; j < block; ++j) to[(w + j) * kStrip + i] = rows[r + i][w + j];
     }
   }
 }

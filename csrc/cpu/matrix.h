@@ -70,12 +70,12 @@ class Matrix {
 class Columns {
  public:
   Columns(const Products& products, int64_t words, int64_t capacity);
-  // row(j), scale(j), bias(j) for j < num.
+  // row(j), scale(j), bias(j) for j < num; columns before `from` are there already.
   template <class Row, class Scale, class Bias>
-  void fill(int64_t num, Row row, Scale scale, Bias bias) {
+  void fill(int64_t num, Row row, Scale scale, Bias bias, int64_t from = 0) {
     num_ = num;
     const int64_t panel = products_->panel, panels = (num + panel - 1) / panel;
-    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(from / panel, panels, 1, [&](int64_t begin, int64_t end) {
       std::vector<const float*> rows(panel);
       for (int64_t p = begin; p < end; ++p) {
         const int64_t count = std::min(panel, num - p * panel);
@@ -83,7 +83,7 @@ class Columns {
         pack(rows.data(), count, p);
       }
     });
-    for (int64_t j = 0; j < (num + kCols - 1) / kCols * kCols; ++j) {
+    for (int64_t j = from; j < (num + kCols - 1) / kCols * kCols; ++j) {
       scale_[j] = j < num ? scale(j) : 0;
       bias_[j] = j < num ? bias(j) : -std::numeric_limits<float>::infinity();
     }
@@ -106,7 +106,7 @@ class Columns {
 };
 
 // Rows as strips of kStrip rows, [strip][word][row].
-void pack_strips(const float* rows, int64_t stride, int num, int64_t words, float* packed);
+void pack_strips(const float* const* rows, int num, int64_t words, float* packed);
 
 // For tiles of rows [begin, end) by groups of columns: f(first row, rows, group, products [rows][kCols]). Parallel over blocks of rows;
 // a block sees its groups from left to right, starting at first_group(first row).
@@ -119,7 +119,11 @@ void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G firs
     for (int64_t block = first; block < last; ++block) {
       const int64_t row = begin + block * kRows;
       const int rows = static_cast<int>(std::min<int64_t>(kRows, end - row));
-      if (strips) pack_strips(a.row(row), a.stride(), rows, a.words(), packed.data());
+      if (strips) {
+        const float* pointers[kRows];
+        for (int r = 0; r < rows; ++r) pointers[r] = a.row(row + r);
+        pack_strips(pointers, rows, a.words(), packed.data());
+      }
       for (int64_t group = first_group(row); group < b.groups(); ++group) {
         a.products().tile(strips ? packed.data() : a.row(row), a.stride(), strips, rows, b.group(group),
                           b.columns(group) / a.products().panel, a.words(), c);
