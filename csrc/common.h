@@ -12,7 +12,7 @@ namespace mmcompress {
 
 using torch::stable::Tensor;
 
-constexpr float kTie = 1e-6f;        // distances below this share of the norms count as zero
+constexpr float kTie = 1e-6f;         // distances below this share of the norms count as zero
 constexpr float kMinSquare = 1e-24f;  // rows with norms up to 1e-12 count as zero rows
 
 enum class Type { f32, bf16, f16 };

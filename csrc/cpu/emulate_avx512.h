@@ -61,7 +61,9 @@ inline float e_reduce_max(Wide x) {
   for (float f : v) s = f > s ? f : s;
   return s;
 }
-inline Wide e_cvtph(__m256i h) { return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))}; }
+inline Wide e_cvtph(__m256i h) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
 #define e_cvtps_ph(x, mode) _mm256_set_m128i(_mm256_cvtps_ph((x).high, mode), _mm256_cvtps_ph((x).low, mode))
 inline WideInt e_cvtepu16(__m256i h) {
   return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1))};

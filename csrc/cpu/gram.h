@@ -11,13 +11,18 @@ constexpr int64_t kGramBytes = int64_t{256} << 20;
 class Gram {
  public:
   Gram(const Matrix& x, int64_t first, int64_t n)
-      : x_(x), first_(first), n_(n), chunk_(std::max<int64_t>(1, std::min(n, kGramBytes / (4 * n)))), data_(chunk_ * n),
+      : x_(x),
+        first_(first),
+        n_(n),
+        chunk_(std::max<int64_t>(1, std::min(n, kGramBytes / (4 * n)))),
+        data_(chunk_ * n),
         columns_(x.products(), x.words(), n) {
     columns_.fill(n, [&](int64_t j) { return x.row(first + j); }, [](int64_t) { return 1.0f; }, [](int64_t) { return 0.0f; });
   }
   bool whole() const { return chunk_ == n_; }
 
-  // f(row, its products with all rows) for every row, in parallel; products are computed again in every call unless the matrix is whole.
+  // f(row, its products with all rows) for every row, in parallel; products are computed again in every call unless the matrix is
+  // whole.
   template <class F>
   void each(F f) {
     for (int64_t begin = 0; begin < n_; begin += chunk_) {
@@ -42,7 +47,8 @@ class Gram {
         std::memcpy(data_.data() + (row - first_ - begin + r) * n_ + group * kCols, c + r * kCols, count * sizeof(float));
     });
   }
-  // Only tiles on and right of the diagonal; each is also written to its mirror image. Products are commutative: both are the same bits.
+  // Only tiles on and right of the diagonal; each is also written to its mirror image. Products are commutative: both are the same
+  // bits.
   void compute_symmetric() {
     const auto first_group = [&](int64_t row) { return (row - first_) / kCols; };
     tiles(x_, first_, first_ + n_, columns_, first_group, [&](int64_t row, int rows, int64_t group, const float* c) {

@@ -1,8 +1,8 @@
 // Farthest-first traversal, exact, by two algorithms that make the same picks.
 //
-// Lazy: minimum distances only fall, so a stale one is an upper bound. A heap holds them; only what reaches its top is brought up to date,
-// several rows by several picks at a time, and a row is left as soon as it falls below the best one that is up to date.
-// Block: the picks since the last update are applied to all rows by one matrix product; the next picks come from a set of candidates whose
+// Lazy: minimum distances only fall, so a stale one is an upper bound. A heap holds them; only what reaches its top is brought up to
+// date, several rows by several picks at a time, and a row is left as soon as it falls below the best one that is up to date. Block:
+// the picks since the last update are applied to all rows by one matrix product; the next picks come from a set of candidates whose
 // mutual distances are known, for as long as the best of them lies above every row outside the set.
 #include <algorithm>
 
@@ -50,7 +50,8 @@ void distances_to(const Metric& metric, int64_t n, int64_t pick, float* distance
 }
 
 void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* picks) {
-  constexpr int kGroup = 4, kStep = 6, kBatch = 16;  // rows that are brought up to date together; picks before looking again; rows popped
+  constexpr int kGroup = 4, kStep = 6,
+                kBatch = 16;  // rows that are brought up to date together; picks before looking again; rows popped
   Buffer<float> distance(n);
   std::vector<int64_t> seen(n, 1);  // how many picks a row's distance knows
   std::vector<const float*> pick_rows(k);
@@ -101,7 +102,8 @@ void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* pi
         for (int i = 0; i < rows; ++i) {
           Entry& entry = batch[first + i];
           for (int j = 0; j < step; ++j)
-            entry.distance = std::min(entry.distance, metric.distance(entry.row, dot[i * kStep + j] * scale[from + j] + bias[from + j]));
+            entry.distance =
+                std::min(entry.distance, metric.distance(entry.row, dot[i * kStep + j] * scale[from + j] + bias[from + j]));
           above |= entry.distance >= known;
         }
         from += step;
@@ -166,18 +168,20 @@ void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* 
     // Mutual distances, in the arithmetic of the update above: row i is the token, column j the pick.
     fill(candidate);
     const int64_t gram_stride = columns.groups() * kCols;
-    for (int64_t i = 0; i < count; ++i) std::memcpy(copies.data() + i * x.words(), metric.row(candidate[i]), x.words() * sizeof(float));
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(copies.data() + i * x.words(), metric.row(candidate[i]), x.words() * sizeof(float));
     parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
       alignas(64) float c[kRows * kCols];
       for (int64_t first = begin * kRows; first < std::min(end * kRows, count); first += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, count - first));
         for (int64_t group = 0; group < columns.groups(); ++group) {
           const int width = columns.columns(group);
-          x.products().tile(copies.data() + first * x.words(), x.words(), false, rows, columns.group(group), width / x.products().panel,
-                            x.words(), c);
+          x.products().tile(copies.data() + first * x.words(), x.words(), false, rows, columns.group(group),
+                            width / x.products().panel, x.words(), c);
           for (int r = 0; r < rows; ++r)
             for (int j = 0; j < width; ++j)
-              gram[(first + r) * gram_stride + group * kCols + j] = c[r * kCols + j] * columns.scale(group)[j] + columns.bias(group)[j];
+              gram[(first + r) * gram_stride + group * kCols + j] =
+                  c[r * kCols + j] * columns.scale(group)[j] + columns.bias(group)[j];
         }
       }
     });

@@ -1,5 +1,5 @@
-// The CPU kernels, as the schemas of mmcompress_kernels name them. The last tensors are outputs; `bad` takes the lowest row that is not
-// finite, or -1 (always -1 without `check`).
+// The CPU kernels, as the schemas of mmcompress_kernels name them. The last tensors are outputs; `bad` takes the lowest row that is
+// not finite, or -1 (always -1 without `check`).
 #pragma once
 
 #include "../common.h"
@@ -18,7 +18,7 @@ void gather_rows(Tensor x, Tensor positions, Tensor index, Tensor rows, Tensor o
 void dpc_knn(Tensor x, Tensor offsets, int64_t k, bool check, Tensor density, Tensor delta, Tensor bad);
 void cosine_top_k(Tensor x, Tensor offsets, int64_t k, bool check, Tensor value, Tensor index, Tensor bad);
 void kmeans_pp(Tensor x, Tensor uniform, bool cosine, double eps, bool check, Tensor picks, Tensor bad);
-void kmeans_lloyd(Tensor x, Tensor offsets, int64_t iterations, bool cosine, bool check, Tensor centroid, Tensor assignment, Tensor size,
-                  Tensor bad);
+void kmeans_lloyd(Tensor x, Tensor offsets, int64_t iterations, bool cosine, bool check, Tensor centroid, Tensor assignment,
+                  Tensor size, Tensor bad);
 
 }  // namespace mmcompress::cpu

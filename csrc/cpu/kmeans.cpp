@@ -72,7 +72,9 @@ void kmeans_lloyd(Tensor x_tensor, Tensor offsets, int64_t iterations, bool cosi
       for (int64_t j = 0; j < k; ++j) square[j] = use.square(centroid + j * width, Element::f32, width);
       columns.fill(
           k, [&](int64_t j) { return centroid + j * width; },
-          [&](int64_t j) { return !cosine ? 1.0f : square[j] > kMinSquare ? 1 / std::sqrt(square[j]) : 0.0f; },
+          [&](int64_t j) { return !cosine                  ? 1.0f
+                                  : square[j] > kMinSquare ? 1 / std::sqrt(square[j])
+                                                           : 0.0f; },
           [&](int64_t j) { return cosine ? 0.0f : -square[j] / 2; });
       tiles(x, first, first + n, columns, [&](int64_t row, int count, int64_t group, const float* c) {
         for (int r = 0; r < count; ++r) {

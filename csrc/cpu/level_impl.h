@@ -1,5 +1,6 @@
-// The inner loops as templates over a vector type S, included by one source file per instruction set, inside an anonymous namespace and
-// that set's target pragma. (No other header may be included there: inline functions of the standard library would be compiled for it.)
+// The inner loops as templates over a vector type S, included by one source file per instruction set, inside an anonymous namespace
+// and that set's target pragma. (No other header may be included there: inline functions of the standard library would be compiled for
+// it.)
 //
 // S has: Sum (float accumulator), Data (a vector of words), kLanes, kVectors (per panel), zero, load, broadcast, multiply_add, sum.
 

@@ -44,7 +44,8 @@ class Buffer {
   T* data_;
 };
 
-// Rows as 32-bit words (floats, or bfloat16 pairs where the level multiplies them): used in place if possible, else widened into a copy.
+// Rows as 32-bit words (floats, or bfloat16 pairs where the level multiplies them): used in place if possible, else widened into a
+// copy.
 class Matrix {
  public:
   // `pairs` false: always floats. `norms` false: reciprocal norms and squares are not computed.
@@ -57,7 +58,7 @@ class Matrix {
   const Products& products() const { return *products_; }
   float reciprocal(int64_t i) const { return reciprocal_[i]; }  // 1 / norm, 0 for a zero row
   float square(int64_t i) const { return square_[i]; }
-  int64_t first_bad() const { return first_bad_; }              // lowest row that is not finite, or -1
+  int64_t first_bad() const { return first_bad_; }  // lowest row that is not finite, or -1
 
  private:
   const Products* products_;
@@ -108,8 +109,8 @@ class Columns {
 // Rows as strips of kStrip rows, [strip][word][row].
 void pack_strips(const float* const* rows, int num, int64_t words, float* packed);
 
-// For tiles of rows [begin, end) by groups of columns: f(first row, rows, group, products [rows][kCols]). Parallel over blocks of rows;
-// a block sees its groups from left to right, starting at first_group(first row).
+// For tiles of rows [begin, end) by groups of columns: f(first row, rows, group, products [rows][kCols]). Parallel over blocks of
+// rows; a block sees its groups from left to right, starting at first_group(first row).
 template <class F, class G>
 void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G first_group, F f) {
   const bool strips = b.groups() >= 4;  // packing the rows pays when they are read several times

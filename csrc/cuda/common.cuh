@@ -86,7 +86,8 @@ __device__ float warp_dot(const T* a, const T* b, int64_t width) {
   return warp_sum(sum);
 }
 
-// Squares and reciprocal norms of all rows, one warp each; the lowest row that is not finite goes to *bad (-1 is the largest unsigned).
+// Squares and reciprocal norms of all rows, one warp each; the lowest row that is not finite goes to *bad (-1 is the largest
+// unsigned).
 template <class T>
 __global__ void norms_kernel(const T* x, int64_t num, int64_t width, int64_t stride, float* square, float* reciprocal,
                              unsigned long long* bad) {
@@ -110,7 +111,8 @@ struct Norms {
     if (num == 0) return;
     auto* flag = check ? reinterpret_cast<unsigned long long*>(out<int64_t>(bad)) + position : nullptr;
     auto *s = out<float>(square), *r = out<float>(reciprocal);
-    with_type(x, [&](auto* data) { norms_kernel<<<blocks_for(num * 32), kThreads, 0, stream>>>(data, num, width, stride, s, r, flag); });
+    with_type(x,
+              [&](auto* data) { norms_kernel<<<blocks_for(num * 32), kThreads, 0, stream>>>(data, num, width, stride, s, r, flag); });
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

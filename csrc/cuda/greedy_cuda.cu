@@ -1,5 +1,5 @@
-// Farthest-first and max-sum picks of all items in one cooperative kernel: every step, one warp per row updates its distance (or sum) with
-// the last pick of its item and proposes the row; a 64-bit maximum decides; the grid meets once (max-sum: twice) per step.
+// Farthest-first and max-sum picks of all items in one cooperative kernel: every step, one warp per row updates its distance (or sum)
+// with the last pick of its item and proposes the row; a 64-bit maximum decides; the grid meets once (max-sum: twice) per step.
 #include <cooperative_groups.h>
 
 #include "common.cuh"
@@ -29,7 +29,8 @@ __device__ void first_picks(const Arguments& p, int64_t thread, int64_t threads)
 }
 
 template <class T>
-__global__ void k_center_kernel(const T* x, Arguments p, float* distance, unsigned long long* best) {  // best [2, B], zero at the start
+__global__ void k_center_kernel(const T* x, Arguments p, float* distance,
+                                unsigned long long* best) {  // best [2, B], zero at the start
   const auto grid = cooperative_groups::this_grid();
   const auto thread = static_cast<int64_t>(grid.thread_rank()), threads = static_cast<int64_t>(grid.size());
   const int64_t warp = thread / 32, warps = threads / 32, steps = most_picks(p);
@@ -111,13 +112,23 @@ void launch(Kernel kernel, int64_t num, void** arguments, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
   const int64_t most = static_cast<int64_t>(processors) * (resident < 2 ? resident : 2), wanted = blocks_for(num * 32);
   const auto blocks = static_cast<unsigned int>(wanted < most ? wanted : most);
-  STD_CUDA_CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads), arguments, 0, stream));
+  STD_CUDA_CHECK(
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads), arguments, 0, stream));
 }
 
 Arguments arguments_of(const Tensor& x, const Tensor& offsets, const Tensor& out_offsets, const Optional& start, const Norms& norms,
                        bool cosine, const Tensor& picks) {
-  return {x.size(0), x.size(1), x.stride(0), offsets.size(0) - 1, in<int64_t>(offsets), in<int64_t>(out_offsets), in<int64_t>(start),
-          in<float>(norms.square), in<float>(norms.reciprocal), cosine, out<int64_t>(picks)};
+  return {x.size(0),
+          x.size(1),
+          x.stride(0),
+          offsets.size(0) - 1,
+          in<int64_t>(offsets),
+          in<int64_t>(out_offsets),
+          in<int64_t>(start),
+          in<float>(norms.square),
+          in<float>(norms.reciprocal),
+          cosine,
+          out<int64_t>(picks)};
 }
 
 }  // namespace

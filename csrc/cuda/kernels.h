@@ -1,5 +1,5 @@
-// The CUDA kernels, as the schemas of mmcompress_kernels name them (see cpu/kernels.h). Seeding is left to the PyTorch form, k-means is
-// composed of the kernels below.
+// The CUDA kernels, as the schemas of mmcompress_kernels name them (see cpu/kernels.h). Seeding is left to the PyTorch form, k-means
+// is composed of the kernels below.
 #pragma once
 
 #include "../common.h"

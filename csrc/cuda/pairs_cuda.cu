@@ -145,8 +145,8 @@ void cosine_top_k(Tensor x, Tensor offsets, int64_t k, bool check, Tensor value,
   auto* best = out<float>(value);
   auto* who = out<int64_t>(index);
   with_type(x, [&](auto* data) {
-    neighbor_kernel<<<row_blocks(num, items.num), kThreads, 0, stream>>>(data, width, stride, items, reciprocal, static_cast<int>(k), best,
-                                                                          who);
+    neighbor_kernel<<<row_blocks(num, items.num), kThreads, 0, stream>>>(data, width, stride, items, reciprocal, static_cast<int>(k),
+                                                                         best, who);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -90,7 +90,7 @@ void merge_mean(Tensor x, Tensor order, Tensor start, Optional size, bool check,
   with_type(x, [&](auto* data) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     merge_kernel<<<static_cast<unsigned int>(num_out), kThreads, 0, stream>>>(data, width, stride, rows, first, weight,
-                                                                               static_cast<T*>(to), sizes, flag);
+                                                                              static_cast<T*>(to), sizes, flag);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -125,7 +125,7 @@ void gather_rows(Tensor x, Tensor positions, Tensor index, Tensor rows, Tensor o
   with_type(x, [&](auto* data) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     gather_kernel<<<static_cast<unsigned int>(num), kThreads, 0, stream>>>(data, width, stride, which, num_rows, static_cast<T*>(to),
-                                                                            from, axes, axis_stride, position_stride, places);
+                                                                           from, axes, axis_stride, position_stride, places);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -59,7 +59,8 @@ void similarity_argmax(Tensor a, Tensor b, Tensor a_offsets, Tensor b_offsets, b
         reinterpret_cast<unsigned long long*>(best));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  decode_kernel<<<blocks_for(num), kThreads, 0, stream>>>(num, cosine ? in<float>(a_norms.reciprocal) : nullptr, out<float>(value), best);
+  decode_kernel<<<blocks_for(num), kThreads, 0, stream>>>(num, cosine ? in<float>(a_norms.reciprocal) : nullptr, out<float>(value),
+                                                          best);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
