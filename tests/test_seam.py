@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from reference import capture, find_items, reference, text_model
+from reference import capture, cut_of, find_items, reference, text_model
 from seam_methods import Attended, Direction, DropAll, MeanMerge, watch
 
 import mmcompress
@@ -854,6 +854,19 @@ def test_compiled_decode_is_one_graph(dynamo):
 # the ledger
 
 
+def tokens_per_layer(expected, items, stages, L):
+    """For each item the tokens that every layer sees, from the reference's own steps."""
+    out = []
+    for n, (tokens, _) in enumerate(items):
+        counts = [len(tokens)] * L
+        for step in expected.steps:
+            if step.item == n:
+                cut = cut_of(stages[step.stage], L)
+                counts[cut:] = [step.num_kept] * (L - cut)
+        out.append(counts)
+    return out
+
+
 @families
 @placements
 @torch.no_grad()
@@ -871,36 +884,30 @@ def test_ledger(tiny, family, placement):
     def flops(rows):
         return sum(2 * n * (2 * d * H * e + 2 * d * Hk * e + 3 * d * m) + 4 * n * n * H * e for n in rows)
 
-    totals = dict.fromkeys(("tokens_in", "tokens_kept", "separators", "flops", "kv", "sequence_in", "rows"), 0)
     samples = [s for s in once.samples if s.items]
-    for r in range(ROWS - 1):
+    assert len(samples) == ROWS - 1
+    tokens_in = tokens_kept = separators = num_flops = 0
+    for r, counted in enumerate(samples):
         sample = alone(family, r)
         S, expected, items = sample["input_ids"].shape[1], reference(model, sample, stages.stages), find_items(sample)
-        counted = samples[r]
+        kept = tokens_per_layer(expected, items, stages.stages, L)
         assert counted.sequence_in == S
         assert counted.rows(L) == expected.rows
         assert [i.tokens_in for i in counted.items] == [len(tokens) for tokens, _ in items]
         assert [i.separators for i in counted.items] == [len(separators) for _, separators in items]
-        last = max(s.stage for s in expected.steps)
-        assert [i.kept for i in counted.items] == [s.num_kept for s in expected.steps if s.stage == last]
-        totals["tokens_in"] += sum(len(t) for t, _ in items)
-        totals["separators"] += sum(len(s) for _, s in items)
-        totals["tokens_kept"] += sum(s.num_kept for s in expected.steps if s.stage == last)
-        totals["flops"] += flops(expected.rows)
-        totals["kv"] += sum(2 * n * Hk * e * 4 for n in expected.rows)
+        assert [i.kept(L) for i in counted.items] == kept
+        tokens_in += sum(len(t) for t, _ in items)
+        separators += sum(len(s) for _, s in items)
+        tokens_kept += sum(map(sum, kept)) / L
+        num_flops += flops(expected.rows)
         with stages(model) as single:
             cache = model(**sample, use_cache=True).past_key_values
         assert [layer.keys.shape[-2] for layer in cache.layers] == expected.rows
         assert single.ledger.kv_bytes == sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
         assert single.ledger.sequence_in == S and single.ledger.sequence_kept == sum(expected.rows) / L
-    assert len(samples) == ROWS - 1
-    assert (once.tokens_in, once.tokens_kept, once.separators) == (
-        totals["tokens_in"],
-        totals["tokens_kept"],
-        totals["separators"],
-    )
-    without_items = sum(flops(s.rows(L)) for s in once.samples if not s.items)
-    assert once.flops == totals["flops"] + without_items
-    assert once.kept_ratio == totals["tokens_kept"] / totals["tokens_in"]
-    assert (totals["separators"] > 0) == (family == "llava_next")
+    assert (once.tokens_in, once.separators) == (tokens_in, separators)
+    assert once.tokens_kept == pytest.approx(tokens_kept)
+    assert once.kept_ratio == pytest.approx(tokens_kept / tokens_in)
+    assert once.flops == num_flops + sum(flops(s.rows(L)) for s in once.samples if not s.items)
+    assert (separators > 0) == (family == "llava_next")
     assert str(once.tokens_in) in str(once)

@@ -209,7 +209,7 @@ class Seam:
             items, samples = self.find_items(call, x)
             if items:
                 self.items = items
-                self.ledger.samples.extend(samples.values())
+                self.ledger.samples.extend(samples[b] for b in sorted(samples))
             if not items or not (self.prefill or self.plan.stages):
                 return self.plain(call, kw, forward)
             B, S = x.shape[:2]

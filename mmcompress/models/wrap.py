@@ -10,7 +10,16 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+
+@torch.compiler.disable
+def _run(make: Callable, module: nn.Module, name: str, inherited: Callable | None, args: tuple, kwargs: dict) -> Any:
+    """Call a wrapper. Under torch.compile it runs as it stands, with all that it calls: traced, decoder stages were skipped
+    without a word. Decode steps carry no wrapper and stay compiled."""
+    original = inherited or inspect.getattr_static(type(module), name).__get__(module, type(module))
+    return make(module, original)(*args, **kwargs)
 
 
 class Wrapper:
@@ -22,7 +31,7 @@ class Wrapper:
 
         @functools.wraps(getattr(type(module), name))  # keeps the signature for Trainer and generate
         def method(self, *args, **kwargs):
-            return make(self, inherited or inspect.getattr_static(type(self), name).__get__(self, type(self)))(*args, **kwargs)
+            return _run(make, self, name, inherited, args, kwargs)
 
         method.mmcompress = owner  # type: ignore[attr-defined]
         self.module, self.name, self.inherited = module, name, inherited
