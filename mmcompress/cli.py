@@ -333,7 +333,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _demo_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="demo", metavar="DIR", help="folder for index.html (default: demo)")
-    p.add_argument("--num-questions", type=int, default=9, metavar="N", help="questions asked (default: 9)")
+    p.add_argument("--num-questions", type=int, default=6, metavar="N", help="questions asked (default: 6)")
 
 
 def _demo(args: argparse.Namespace) -> None:
