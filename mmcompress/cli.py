@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -217,7 +218,7 @@ def _run(args: argparse.Namespace) -> None:
             out["uncompressed"] = _answer_json(answers["uncompressed"])
         emit(out)
         return
-    from mmcompress.report import gflop, mib, percent, table
+    from mmcompress.report import count, gflop, mib, percent, table
 
     for label, answer in answers.items():
         print(f"{label}: {answer.text}" if args.compare else answer.text)
@@ -228,7 +229,7 @@ def _run(args: argparse.Namespace) -> None:
         rows.append(
             [
                 label,
-                f"{t.tokens_kept}/{t.tokens_in}",
+                f"{count(t.tokens_kept)}/{t.tokens_in}",
                 percent(t.tokens_kept, t.tokens_in),
                 str(t.separators),
                 f"{t.sequence_kept:.0f}",

@@ -44,14 +44,14 @@ class Setting:
 class Run:
     """One question answered in one setting.
 
-    sequence: rows a layer sees, mean over the layers. prefill_ms: from the call to the first token.
+    tokens_kept, sequence: what a layer sees, mean over the layers. prefill_ms: from the call to the first token.
     """
 
     setting: Setting
     answer: str
     correct: bool
     tokens_in: int
-    tokens_kept: int
+    tokens_kept: float
     separators: int
     sequence: float
     kv_bytes: int
@@ -72,7 +72,7 @@ class Asked:
     prompt: str
     answers: list[str]
     picture: Any
-    evidence: tuple[int, int, int, int] | None
+    evidence: tuple[int, ...] | None
     runs: list[Run] = field(default_factory=list)
 
 
@@ -213,7 +213,7 @@ HEADERS = ["setting", "answer", "", "kept/in", "sequence", "KV MiB", "prefill GF
 
 def text(result: Result) -> str:
     """The table of all runs, and the summary."""
-    from mmcompress.report import gflop, mib, table
+    from mmcompress.report import count, gflop, mib, table
 
     rows: list[list[str]] = []
     for i, asked in enumerate(result.asked):
@@ -226,7 +226,7 @@ def text(result: Result) -> str:
                     r.setting.label,
                     answer if len(answer) <= 24 else answer[:23] + "…",
                     mark,
-                    f"{r.tokens_kept}/{r.tokens_in}",
+                    f"{count(r.tokens_kept)}/{r.tokens_in}",
                     f"{r.sequence:.0f}",
                     mib(r.kv_bytes),
                     gflop(r.flops),

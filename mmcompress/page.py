@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmcompress.report import gflop, mib, percent
+from mmcompress.report import count, gflop, mib, percent
 from mmcompress.viz import View, layer, outlines
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def tile(i: int, asked: Asked, run: Run, ratios: list[float]) -> str:
     ratio = run.setting.ratio
     group = "" if ratio not in ratios[:2] else f" ratio-{'ab'[ratios.index(ratio)]}"
     shown = "".join(view(i, asked, v, 1 if len(run.views) > 1 and v is run.views[0] else 2) for v in run.views)
-    kept = f"{run.tokens_kept} of {run.tokens_in} ({percent(run.tokens_kept, run.tokens_in)})"
+    kept = f"{count(run.tokens_kept)} of {run.tokens_in} ({percent(run.tokens_kept, run.tokens_in)})"
     return (
         f'<figure class="tile{group}"><div class="views">{shown}</div><figcaption>'
         f"<b>{escape(run.setting.method)}</b>{chip(run)}<span>{kept}</span><span>{run.prefill_ms:,.0f} ms</span>"
@@ -234,7 +234,7 @@ def everything(result: Result) -> str:
     for i, asked in enumerate(result.asked):
         for r in asked.runs:
             cells = [
-                f"{r.tokens_kept}/{r.tokens_in}",
+                f"{count(r.tokens_kept)}/{r.tokens_in}",
                 str(r.separators),
                 f"{r.sequence:.0f}",
                 mib(r.kv_bytes),

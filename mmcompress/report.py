@@ -39,6 +39,11 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
+def count(value: float) -> str:
+    """A count, or a mean of counts with one decimal."""
+    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+
+
 def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.{1 if num_bytes >= 2**20 else 3}f}"
 
