@@ -33,7 +33,7 @@ if build != "0":
     cxx = [*stable, "-ffp-contract=off", "-fvisibility=hidden"]  # the same rounding wherever it is compiled
     link = []
     if os.environ.get("MMCOMPRESS_SANITIZE") == "1":
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+        sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
         cxx, link = [*cxx, *sanitize], sanitize
     if os.environ.get("MMCOMPRESS_EMULATE_AVX512") == "1":
         cxx.append("-DMMCOMPRESS_EMULATE_AVX512")
