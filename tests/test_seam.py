@@ -276,17 +276,12 @@ def test_sampling(tiny, family, placement):
             assert torch.equal(generate(model, inputs, use_cache=False, **sampled).sequences, out.sequences)
 
 
-def one_item_each(family):
-    """transformers repeats a prompt's pictures wrongly for beams unless the family has its own expansion: see the next test."""
-    return [[0, 1], [2], [1], []] if family == "qwen2_5_vl" else [[0], [2], [1], []]
-
-
 @families
 @torch.no_grad()
 def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
     """Upstream: with two items in a prompt the beams of LLaVA and Qwen2-Audio see i0 i0 / i0 i1 / i1 i1.
 
-    When this fails, `one_item_each` may use two.
+    An installed compressor puts it right (the next two tests). When this one fails, that is no longer needed.
     """
     model, seen = tiny(family), []
     text = text_model(model)
@@ -309,7 +304,7 @@ def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
 @pytest.mark.parametrize("placement", ["prefill", "two_layers", "three"])
 @torch.no_grad()
 def test_beams(tiny, family, placement):
-    model, stages, items = tiny(family), STAGES[placement](), one_item_each(family)
+    model, stages, items = tiny(family), STAGES[placement](), [[0, 1], [2], [1], []]
     inputs = tiny_inputs(family, ROWS, items=items)
     S = inputs["input_ids"].shape[1]
     config = {"num_beams": 3, "output_scores": True, "output_logits": False}
@@ -332,7 +327,7 @@ def test_beams(tiny, family, placement):
 @main_placements
 @torch.no_grad()
 def test_several_answers_per_prompt(tiny, family, placement):
-    model, stages, items = tiny(family), STAGES[placement](), one_item_each(family)
+    model, stages, items = tiny(family), STAGES[placement](), [[0, 1], [2], [1], []]
     inputs = tiny_inputs(family, ROWS, items=items)
     S = inputs["input_ids"].shape[1]
     with stages(model):

@@ -393,7 +393,12 @@ class Seam:
                         key=lambda i: (owner[i // expand_size], i % expand_size, i // expand_size),
                     )
                     for name in self.family.per_item:
-                        if isinstance(value := out.get(name), Tensor) and len(value) == len(order):
+                        if isinstance(value := out.get(name), Tensor):
+                            if len(value) != len(order):
+                                raise ValueError(
+                                    f"{name} must hold one entry per item for several answers to a prompt: "
+                                    f"{len(order) // expand_size} items in input_ids, got {len(value) // expand_size}"
+                                )
                             out[name] = value[order]
             return ids, out
 
