@@ -59,9 +59,9 @@ def test_tokens_know_which_mark_they_show():
 def test_packed_questions_read_as_the_stock_forward_does(zoo_image, tmp_path):
     model, processor = zoo_image
     picture, marks = Detail("large").scenes("test", 1, 7)[0]
-    picture = picture.resize((448, 224))
+    picture = picture.resize((448, 100))
     scene = encode(model, processor, [(picture, marks)], tmp_path / "x.bin")[0]
-    pairs = [q for m in marks for q in m.questions][:3]
+    pairs = [q for m in marks for q in m.questions][:2]
     with torch.no_grad():
         packed, right = Reader(model, processor.tokenizer)(scene, pairs, torch.arange(len(scene.order)))
         losses = []
