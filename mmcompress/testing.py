@@ -22,7 +22,7 @@ from torch import Tensor, nn
 VOCAB, PAD, BOS, IMAGE, VIDEO, AUDIO, START, END, FIRST_WORD = 99, 0, 1, 3, 4, 5, 6, 7, 10
 PLACEHOLDERS = (IMAGE, VIDEO, AUDIO)
 HIDDEN = 64
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
@@ -34,7 +34,7 @@ TEXT = {
     "bos_token_id": BOS,
     "eos_token_id": None,
 }
-VIEW = {
+VIEW: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
     "hidden_size": 32,
@@ -42,7 +42,7 @@ VIEW = {
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
 }
-TOWERS = {
+TOWERS: dict[str, dict[str, Any]] = {
     "clip": dict(model_type="clip_vision_model", **VIEW),
     "siglip": dict(model_type="siglip_vision_model", vision_use_head=False, **VIEW),
     "dinov2": dict(model_type="dinov2", mlp_ratio=2, **{k: v for k, v in VIEW.items() if k != "intermediate_size"}),
@@ -125,7 +125,12 @@ def _qwen2_5_vl(text: Mapping | None = None, vision: Mapping | None = None, **re
         "out_hidden_size": HIDDEN,
         "tokens_per_second": 2,
     }
-    special = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+    special: dict[str, Any] = {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
     return Qwen2_5_VLConfig(text_config=text, vision_config=_update(tower, vision), **special, **rest)
 
 
@@ -289,7 +294,8 @@ def tiny_inputs(
             items[-1] = []
     if len(items) != batch_size:
         raise ValueError(f"items must list {batch_size} rows (batch_size), got {len(items)}")
-    prompts, tensors = [], {}
+    prompts: list[list[int]] = []
+    tensors: dict[str, list[Tensor]] = {}
     for r in range(batch_size) if rows is None else rows:
         generator = torch.Generator().manual_seed(1000 * seed + r)
         ids = [BOS, *_words(2 + r % 3, generator)]
@@ -304,9 +310,13 @@ def tiny_inputs(
     length = max(map(len, prompts))
     pad = [[0] * (length - len(p)) for p in prompts]
     left = padding_side == "left"
-    ids = torch.tensor([z + p if left else p + z for z, p in zip(pad, prompts, strict=True)])
+    input_ids = torch.tensor([z + p if left else p + z for z, p in zip(pad, prompts, strict=True)])
     mask = torch.tensor([z + [1] * len(p) if left else [1] * len(p) + z for z, p in zip(pad, prompts, strict=True)])
-    inputs = {"input_ids": ids, "attention_mask": mask, **{k: torch.cat(v) for k, v in tensors.items()}}
+    inputs: dict[str, Tensor] = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        **{k: torch.cat(v) for k, v in tensors.items()},
+    }
     return {**inputs, **spec.batch_tensors(inputs)} if spec.batch_tensors else inputs
 
 
