@@ -342,7 +342,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     if args.num_questions < 1:
         raise ValueError(f"--num-questions must be an integer >= 1, got {args.num_questions}")
-    result = demo.run(args.num_questions)
+    result = demo.run(args.num_questions, demo.MODEL)
     path = demo.write(result, Path(args.out))
     if args.json:
         emit({**result.to_json(), "page": str(path)})

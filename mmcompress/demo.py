@@ -150,7 +150,7 @@ def questions(n: int) -> list[tuple[Any, Asked]]:
     ]
 
 
-def run(num_questions: int = 6, model_name: str = MODEL, say: Callable[[str], None] | None = None) -> Result:
+def run(num_questions: int, model_name: str, say: Callable[[str], None] | None = None) -> Result:
     """Ask every question in every setting; progress goes to `say` (stderr by default)."""
     import torch
 
