@@ -246,9 +246,8 @@ def tiny_model(family: str, seed: int = 0, gain: float = 1.0, **overrides: Any) 
 
     config = _family(family).config(**overrides)
     config.eos_token_id = None
-    build = (
-        Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    )
+    families: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    build: Any = Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else families[type(config)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config)
