@@ -27,7 +27,7 @@ def page(result: Result) -> str:
     n = len(result.asked)
     ratios = sorted({s.ratio for s in result.settings if s.ratio is not None}, reverse=True)
     control = result.settings[0]
-    methods = {s.method for s in result.settings[1:]}
+    methods = {s.method for s in result.settings if s.ratio is not None}
     shares = " and ".join(f"{100 * r:g} %" for r in ratios)
     pictures = "".join(f".p{i} {{ background-image: url({jpeg(a.picture)}); }}\n" for i, a in enumerate(result.asked))
     articles = "\n".join(article(i, a, ratios) for i, a in enumerate(result.asked))
