@@ -61,7 +61,7 @@ class Task:
     chance: float = 0.0
 
     def samples(self, split: str, n: int, seed: int = 0) -> list[Sample]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define samples(split, n, seed)")
 
     def score(self, sample: Sample, text: str) -> bool:
         """True if the reply is an answer, or begins with one as a word of its own."""
@@ -383,7 +383,7 @@ def _shape(shape: str, colour: tuple[int, int, int], size: int) -> Image.Image:
 def _place(
     rng: np.random.Generator, tile: tuple[int, int], picture: tuple[int, int], taken: Iterable[Box], tries: int
 ) -> Box | None:
-    """A free place inside one quarter of the picture, so that one crop of a 2x2 grid shows the whole mark; None if not found."""
+    """A free place inside one quarter of the picture, so that one crop of a 2x2 grid shows the whole mark; or None."""
     gap, taken = 4, list(taken)
     for _ in range(tries):
         left, top = (
