@@ -61,7 +61,5 @@ def apply_from_config(model: Any) -> Any:
 
     config = getattr(getattr(model, "config", None), "mmcompress", None)
     if config is None:
-        raise ValueError(
-            f"model.config.mmcompress must hold a configuration, {type(model).__name__} has none; use compress_"
-        )
+        raise ValueError(f"model.config.mmcompress must hold a configuration, {type(model).__name__} has none; use compress_")
     return compress_(model, from_config(config))

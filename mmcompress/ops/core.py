@@ -274,7 +274,7 @@ def unpack(
     if offsets is not None or x.dim() == (2 if width else 1):
         return rows
     num_items, n = x.shape[:2]
-    out = rows.reshape(num_items, rows.shape[0] // num_items if num_items else empty, *rows.shape[1:])
+    out: Tensor = rows.reshape(num_items, rows.shape[0] // num_items if num_items else empty, *rows.shape[1:])  # type: ignore[arg-type]
     return out - (torch.arange(num_items, device=x.device) * n)[:, None] if local else out
 
 

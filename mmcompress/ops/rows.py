@@ -90,7 +90,7 @@ torch.library.register_autograd("mmcompress::gather_rows", _gather_backward, set
 
 
 class Kept(NamedTuple):
-    index: Tensor  # [B, k] ascending columns; packed row ids when ragged
+    index: Tensor  # type: ignore[assignment]  # [B, k] ascending columns; packed row ids when ragged
     x: Tensor | None  # [B, k, D]
     position: Tensor | None  # [B, k] or [B, k, P]
 

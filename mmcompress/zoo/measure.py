@@ -42,7 +42,8 @@ def measure(model, processor, task: str, pictures: int, seed: int = 0, blind: bo
 
     A detail scene has one digit and one word, but two colours and two shapes, which weigh half: each kind counts the same.
     """
-    reader, rows, by_kind = Reader(model, processor.tokenizer), [], {}
+    reader, rows = Reader(model, processor.tokenizer), []
+    by_kind: dict[str, list] = {}
     for picture, pairs in tqdm(questions(task, pictures, seed), desc=task + (" blind" if blind else ""), mininterval=10):
         order, _ = layout(model.config, picture.size)
         features = np.zeros((0, 0), np.float16) if blind else tower_features(model, processor, picture).float().numpy()

@@ -104,7 +104,7 @@ def choose(scene: Scene, share: float, task: str, rng: np.random.Generator) -> t
 def pick(scene: Scene, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Up to n of the scene's questions; questions that ask what come before those of yes and no half of the time."""
     pairs = [q for m in scene.marks for q in m.questions]
-    order = rng.permutation(len(pairs))
+    order = rng.permutation(len(pairs)).tolist()
     if rng.random() < 0.5:
         order = sorted(order, key=lambda i: pairs[i][1] in ("yes", "no"))
     return [pairs[i] for i in order[:n]]
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(args: argparse.Namespace, out: Path) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    log = (out / "log.jsonl").open("a") if rank == 0 else None
+    log = (out / "log.jsonl" if rank == 0 else Path(os.devnull)).open("a")
     torch.manual_seed(args.seed)
     model, processor = _build(args.name, args.cache_dir)
     model.requires_grad_(False)
@@ -196,7 +196,8 @@ def train(args: argparse.Namespace, out: Path) -> None:
             _resume(out, trained, optimizer, reader)
 
     model.model.language_model.train()
-    began, saved, stats = time.time() - elapsed, time.time(), {}
+    began, saved = time.time() - elapsed, time.time()
+    stats: dict[str, list] = {}
     bar = tqdm(total=args.steps, initial=done, desc="answer", mininterval=5, disable=rank > 0)
     for step in range(done, args.steps):
         now = torch.tensor(progress_of(step, args.steps, time.time() - began, args.minutes))
@@ -215,10 +216,10 @@ def train(args: argparse.Namespace, out: Path) -> None:
             rng = np.random.default_rng([args.seed, step, i])
             name = "easy_vqa" if both else "detail"
             scene = scenes[name][int(rng.integers(len(scenes[name])))]
-            pairs = pick(scene, 6, rng)
-            loss, right = reader(scene, pairs, None if args.blind else choose(scene, share, name, rng))
+            asked = pick(scene, 6, rng)
+            loss, right = reader(scene, asked, None if args.blind else choose(scene, share, name, rng))
             (loss / 2).backward()
-            for (_, answer), ok in zip(pairs, right, strict=True):
+            for (_, answer), ok in zip(asked, right, strict=True):
                 stats.setdefault(kind_of(name, answer), []).append(ok)
             stats.setdefault("loss " + name, []).append(loss.item())
         if world > 1:
