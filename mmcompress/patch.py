@@ -67,14 +67,10 @@ class installed:
         return self._seam
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _seam(model: Any) -> Seam | None:
-    from mmcompress.models.wrap import owner_of
+    from mmcompress.models.wrap import base_model, owner_of
 
-    return owner_of(_base(model), "generate") if hasattr(model, "modules") else None
+    return owner_of(base_model(model), "generate") if hasattr(model, "modules") else None
 
 
 def _install(model: Any, compressor: Compressor) -> Seam:

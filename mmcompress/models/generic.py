@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.models import signals
+from mmcompress.models.wrap import base_model
 from mmcompress.tokens import Layout
 
 KINDS = ("image", "video", "audio")
@@ -79,7 +80,7 @@ class Family:
     notes: ClassVar[str] = ""
 
     def __init__(self, model: Any):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_model(model)
         children = (getattr(base, "model", None), getattr(base, "thinker", None))
         self.core: Any = next((c for c in children if isinstance(c, nn.Module)), base)
         self.config: Any = self.core.config

@@ -24,7 +24,7 @@ from mmcompress.models.generic import Call, Family, ItemSpec
 from mmcompress.models.items import Item, run_stages, runs
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals import BACKENDS, last_block, watch
-from mmcompress.models.wrap import Wrapper
+from mmcompress.models.wrap import Wrapper, base_model
 
 OFFERED_ANYWHERE = ("text",)
 
@@ -33,7 +33,7 @@ class Seam:
     """A compressor installed in one model. Use `compress_`, `restore_` or `with compressor(model)`."""
 
     def __init__(self, model: Any, compressor: Compressor):
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model: Any = base_model(model)
         self.family: Family = find_family(model)
         self.compressor = compressor
         text_config = self.family.text.config

@@ -71,6 +71,11 @@ class Wrapper:
             setattr(self.module, self.name, self.inherited)
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model itself, inside a PEFT wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def owner_of(module: nn.Module, name: str = "forward") -> Any:
     """The seam that wrapped this module's method, or None."""
     return getattr(module.__dict__.get(name), "mmcompress", None)
