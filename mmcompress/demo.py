@@ -144,7 +144,7 @@ def questions(n: int) -> list[tuple[Any, Asked]]:
     return [
         (
             (task, s),
-            Asked(task.name, s.prompt, sorted(s.answers), s.item, tuple(s.evidence) if s.evidence is not None else None),
+            Asked(task.name, s.prompt, sorted(s.answers), s.item, s.evidence[0].box if s.evidence else None),
         )
         for task, s in samples
     ]

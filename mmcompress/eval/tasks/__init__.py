@@ -1,0 +1,48 @@
+"""Tasks on which the quality of a reduction can be measured; one file per task or family of tasks."""
+
+from __future__ import annotations
+
+import difflib
+
+from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Sample, Scene, Task, normalise
+from mmcompress.eval.tasks.detail import Detail
+from mmcompress.eval.tasks.draw import photo_paths
+from mmcompress.eval.tasks.easy_vqa import EasyVQA
+
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Box",
+    "Detail",
+    "EasyVQA",
+    "Evidence",
+    "Mark",
+    "Question",
+    "Sample",
+    "Scene",
+    "Task",
+    "create_task",
+    "list_tasks",
+    "normalise",
+    "photo_paths",
+]
+
+TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail)}
+"""name -> class; one line a task."""
+
+
+def list_tasks(kind: str | None = None) -> list[str]:
+    """Names that `create_task` takes, of one kind of item ("image", "video", "audio") or all."""
+    return sorted(n for n, t in TASKS.items() if kind in (None, t.kind))
+
+
+def create_task(name: str, **settings) -> Task:
+    """A task by name; "detail:small" is Detail(size="small"). Raises ValueError for an unknown name or setting."""
+    base, _, size = name.partition(":")
+    if base not in TASKS:
+        close = difflib.get_close_matches(base, TASKS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}{hint}")
+    if size:
+        settings["size"] = size
+    return TASKS[base](**settings)
