@@ -1,34 +1,77 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmcompress.eval.tasks import SPLITS, Detail, EasyVQA, create_task, photo_paths
+from mmcompress.eval.tasks import SPLITS, Detail, EasyVQA, Relations, create_task, photo_paths
 from mmcompress.eval.tasks.draw import COLOURS, SIZES
 from mmcompress.eval.tasks.easy_vqa import _facts
 
-ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), Detail("mixed"))
+ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), Detail("mixed"), Relations())
+GENERATED = ALL[4:]
+"""Tasks whose answers are drawn; one of Detail's sizes is enough."""
+
+
+def name(task) -> str:
+    return f"{task.name}-{getattr(task, task.setting) if task.setting else ''}"
+
+
+def content(item) -> bytes:
+    """What a picture, a clip or a recording shows or sounds like."""
+    return b"".join(frame.tobytes() for frame in item) if isinstance(item, list) else item.tobytes()
 
 
 def same(a, b) -> bool:
-    return (a.prompt, a.answers, a.evidence) == (b.prompt, b.answers, b.evidence) and a.item.tobytes() == b.item.tobytes()
+    return (a.prompt, a.answers, a.evidence, a.topic) == (b.prompt, b.answers, b.evidence, b.topic) and content(
+        a.item
+    ) == content(b.item)
 
 
-@pytest.mark.parametrize("task", ALL, ids=lambda t: f"{t.name}-{getattr(t, 'size', '')}")
-def test_samples_are_deterministic_and_differ_by_seed(task):
-    first, again, other = task.samples("test", 6, 1), task.samples("test", 6, 1), task.samples("test", 6, 2)
+@pytest.mark.parametrize("task", ALL, ids=name)
+def test_samples_are_deterministic_and_differ_by_seed_and_split(task):
+    first, again, other, train = (
+        task.samples(*key) for key in (("test", 6, 1), ("test", 6, 1), ("test", 6, 2), ("train", 6, 1))
+    )
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(content(a.item) == content(b.item) for a in first for b in train)
     assert not all(same(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("task", ALL, ids=lambda t: f"{t.name}-{getattr(t, 'size', '')}")
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_evidence_lies_inside_the_picture_and_answers_score(task, split):
+@pytest.mark.parametrize("task", ALL, ids=name)
+@pytest.mark.parametrize("split", SPLITS)
+def test_evidence_lies_inside_the_item_and_answers_score(task, split):
     for s in task.samples(split, 12, 3):
-        (seen,) = s.evidence
-        box = seen.box
-        assert 0 <= box.left < box.right <= s.item.width and 0 <= box.top < box.bottom <= s.item.height
-        answer = next(iter(s.answers))
-        assert task.score(s, answer) and task.score(s, f" {answer.capitalize()}.") and not task.score(s, "nothing of the kind")
+        assert s.evidence
+        for seen in s.evidence:
+            if task.kind == "audio":
+                assert 0 <= seen.seconds[0] < seen.seconds[1] <= len(s.item) / task.sampling_rate
+                continue
+            clip = s.item if isinstance(s.item, list) else [s.item]
+            first, end = seen.frames or (0, len(clip))
+            assert 0 <= first < end <= len(clip) and (seen.frames is None) == (task.kind == "image")
+            assert (
+                0 <= seen.box.left < seen.box.right <= clip[0].width and 0 <= seen.box.top < seen.box.bottom <= clip[0].height
+            )
+        for answer in s.answers:
+            assert task.score(s, answer) and task.score(s, f" {answer.capitalize()}.")
+        assert not task.score(s, "nothing of the kind") and s.topic
+
+
+@pytest.mark.parametrize("task", GENERATED, ids=name)
+def test_a_blind_guess_stays_near_chance(task):
+    """The best fixed answer to a prompt of another seed, and to a topic of this one, are right as rarely as `chance` says."""
+    asked, known = task.samples("test", 480, 11), task.samples("train", 480, 12)
+    by_prompt = {}
+    for s in known:
+        by_prompt.setdefault(s.prompt, Counter())[min(s.answers)] += 1
+    blind = [by_prompt[s.prompt].most_common(1)[0][0] in s.answers for s in asked if s.prompt in by_prompt]
+    assert np.mean(blind) < task.chance + 0.08
+    by_topic = {}
+    for s in asked:
+        by_topic.setdefault(s.topic, Counter())[min(s.answers)] += 1
+    guessed = sum(c.most_common(1)[0][1] for c in by_topic.values()) / len(asked)
+    assert abs(guessed - task.chance) < 0.08, (guessed, task.chance, by_topic)
 
 
 def test_detail_shows_each_mark_whole_in_one_quarter_and_nothing_overlaps():
@@ -106,4 +149,9 @@ def test_easy_vqa_facts():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_what_follows_a_colon_is_the_main_setting():
     assert create_task("detail:small").size == "small"
+    with pytest.raises(ValueError, match="without a colon"):
+        create_task("easy_vqa:64")

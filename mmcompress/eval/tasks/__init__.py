@@ -8,6 +8,7 @@ from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Sa
 from mmcompress.eval.tasks.detail import Detail
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
+from mmcompress.eval.tasks.relations import Relations
 
 __all__ = [
     "SPLITS",
@@ -18,6 +19,7 @@ __all__ = [
     "Evidence",
     "Mark",
     "Question",
+    "Relations",
     "Sample",
     "Scene",
     "Task",
@@ -27,7 +29,7 @@ __all__ = [
     "photo_paths",
 ]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations)}
 """name -> class; one line a task."""
 
 
@@ -37,12 +39,18 @@ def list_tasks(kind: str | None = None) -> list[str]:
 
 
 def create_task(name: str, **settings) -> Task:
-    """A task by name; "detail:small" is Detail(size="small"). Raises ValueError for an unknown name or setting."""
-    base, _, size = name.partition(":")
+    """A task by name; what follows a colon is its main setting: "detail:small" is Detail(size="small").
+
+    Raises ValueError for an unknown name or setting.
+    """
+    base, colon, value = name.partition(":")
     if base not in TASKS:
         close = difflib.get_close_matches(base, TASKS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"task must be one of {sorted(TASKS)}, got {name!r}{hint}")
-    if size:
-        settings["size"] = size
-    return TASKS[base](**settings)
+    kind = TASKS[base]
+    if colon:
+        if not kind.setting:
+            raise ValueError(f"task must be {base!r} without a colon, for it has no setting to name so, got {name!r}")
+        settings[kind.setting] = value
+    return kind(**settings)

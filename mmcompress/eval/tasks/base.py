@@ -97,10 +97,12 @@ class Task:
     """A task: `scenes` and `samples` of a split, `score`, and the accuracy of a guess (`chance`, in 0..1).
 
     kind: "image", "video" or "audio". fps: frames per second of a clip. needs: what must be there besides the package, for
-    tasks on data that does not come from PyPI. length: scenes of the test split where they are limited.
+    tasks on data that does not come from PyPI. setting: the argument that `create_task` takes after a colon.
     """
 
     name: str = ""
+    setting: str = ""
+    needs: str = ""
     kind: str = "image"
     chance: float = 0.0
     fps: float = 2.0

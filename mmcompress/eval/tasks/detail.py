@@ -22,6 +22,7 @@ class Detail(Task):
     """
 
     name = "detail"
+    setting = "size"
     chance = (1 / len(DIGITS) + 1 / len(WORDS) + 1 / len(COLOURS) + 1 / len(SHAPES)) / 4
 
     def __init__(self, size: str = "mixed", photos: str | Path | None = None) -> None:
