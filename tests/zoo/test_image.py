@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mmcompress.eval.tasks import Box, Detail, Mark, photo_paths
-from mmcompress.zoo import PINPOINTS, _build, load, parts_dir
+from mmcompress.zoo import _build, load, parts_dir
 from mmcompress.zoo.features import encode, layout, token_boxes, token_marks
+from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
 from mmcompress.zoo.measure import interval, measure
 from mmcompress.zoo.train import Reader
