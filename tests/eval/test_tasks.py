@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcompress.eval.tasks import SPLITS, Detail, EasyVQA, Relations, create_task, photo_paths
+from mmcompress.eval.tasks import SPLITS, Detail, Document, EasyVQA, Relations, create_task, photo_paths
 from mmcompress.eval.tasks.draw import COLOURS, SIZES
 from mmcompress.eval.tasks.easy_vqa import _facts
 
-ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), Detail("mixed"), Relations())
+ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), Detail("mixed"), Relations(), Document())
 GENERATED = ALL[4:]
 """Tasks whose answers are drawn; one of Detail's sizes is enough."""
 

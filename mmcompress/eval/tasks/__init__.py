@@ -6,6 +6,7 @@ import difflib
 
 from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Sample, Scene, Task, normalise
 from mmcompress.eval.tasks.detail import Detail
+from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
 from mmcompress.eval.tasks.relations import Relations
@@ -15,6 +16,7 @@ __all__ = [
     "TASKS",
     "Box",
     "Detail",
+    "Document",
     "EasyVQA",
     "Evidence",
     "Mark",
@@ -29,7 +31,7 @@ __all__ = [
     "photo_paths",
 ]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document)}
 """name -> class; one line a task."""
 
 
