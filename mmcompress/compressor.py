@@ -16,7 +16,7 @@ from typing import Any, ClassVar, dataclass_transform
 import torch
 from torch import Tensor, nn
 
-from mmcompress.tokens import Reduction, Tokens, identity, keep, merge
+from mmcompress.tokens import Reduction, Tokens, gather, identity, keep, merge
 
 PLACEMENTS = ("prefill", "layer", "tower", "cache")
 
@@ -108,6 +108,10 @@ class Compressor(nn.Module):
     def stages(self) -> tuple[Compressor, ...]:
         return (self,)
 
+    def check_sections(self, sections: tuple[int, ...]) -> None:
+        """For a method that carries positions, at installing: raise ValueError where the model's rotary frequencies, as many
+        per axis as `sections` says, cannot be shared out among its slots."""
+
     def num_kept(self, num_tokens: int) -> int:
         """K for an item of N tokens."""
         return _count(num_tokens, *self._ratio)
@@ -169,6 +173,12 @@ class Merger(Compressor):
     def assign(self, tokens: Tokens, K: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define assign(tokens, K)")
 
+    def distance(self, tokens: Tokens, other: Tensor) -> Tensor:
+        """How far every token lies from the token in column other [B, N]: [B, N] float32, any monotone measure (squared
+        Euclidean)."""
+        x = tokens.x.detach().float()
+        return (x - gather(x, other)).square().sum(-1)
+
     def compress(self, tokens: Tokens) -> Reduction:
         return merge(tokens, *self.assign(tokens, self.num_kept(tokens.num_tokens)))
 
@@ -207,7 +217,7 @@ class Chain(Compressor):
 
     def compress(self, tokens: Tokens) -> Reduction:
         """The parts one after the other on one batch of items, wherever they are placed."""
-        total = identity(tokens)
+        total, carries = identity(tokens), False
         for part in self.parts:
             if total.mask is not None:
                 raise ValueError(
@@ -215,12 +225,15 @@ class Chain(Compressor):
                 )
             step = part(tokens)
             tokens = tokens.take(step)
+            carries |= step.positions is not None
             slot = step.assignment.gather(1, total.assignment.clamp(min=0))
             total = replace(
                 step,
                 anchor=total.anchor.gather(1, step.anchor),
                 assignment=torch.where(total.assignment >= 0, slot, -1),
             )
+        if carries:  # a later part that only prunes hands on what its tokens carry
+            total = replace(total, **{name: tokens.signals[name] for name in ("positions", "num_positions")})
         return total
 
 

@@ -33,7 +33,8 @@ class Tokens:
     x [B, N, D]; position [B, N, 3] (t, h, w on the item's grid); group [B, N] (crop, frame or window; an AnyRes
     thumbnail is 0);
     size [B, N] (how many inputs a token stands for); signals: name -> [B, N, ...] (or [B, T, D] for "text", padded with
-    `text_mask`).
+    `text_mask`). The signal "positions" [B, N, P, 3] holds the language model's position ids of every token; after a merge that
+    carries several, "num_positions" [B, N] tells how many of them are no repeats.
     """
 
     x: Tensor
@@ -65,9 +66,10 @@ class Tokens:
         return self.x.shape[1]
 
     def take(self, reduction: Reduction) -> Tokens:
-        """The tokens after a reduction: position, group and signals are those of the anchors."""
+        """The tokens after a reduction: position, group and signals are those of the anchors, carried positions its own."""
         index = reduction.anchor
         signals = {k: v if k.startswith("text") else gather(v, index) for k, v in self.signals.items() if v is not None}
+        signals |= reduction.carried()
         return replace(
             self,
             x=reduction.x,
@@ -84,7 +86,8 @@ class Reduction:
 
     x [B, K, D]; anchor [B, K] (ascending input columns whose place in the sequence the outputs take);
     assignment [B, N] (the output each input went into, -1 = dropped); size [B, K];
-    positions [B, K, P, 3] (several original positions carried by one token) or None;
+    positions [B, K, P, 3] (several original positions carried by one token, in the units of the signal "positions") and
+    num_positions [B, K] (how many of them are no repeats), or None;
     mask [B, K] (False = no output here; only where K differs between items, real outputs first) or None.
     """
 
@@ -94,6 +97,13 @@ class Reduction:
     size: Tensor
     positions: Tensor | None = None
     mask: Tensor | None = None
+    num_positions: Tensor | None = None
+
+    def carried(self) -> dict[str, Tensor]:
+        """The carried positions as signals of the tokens that come out, {} where there are none."""
+        if self.positions is None or self.num_positions is None:
+            return {}
+        return {"positions": self.positions, "num_positions": self.num_positions}
 
     @property
     def num_kept(self) -> int:

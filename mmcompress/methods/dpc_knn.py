@@ -44,9 +44,13 @@ class DpcKnn(Merger):
         p, q = self._ratio
         return super().num_kept(num_tokens) if self.mode == "corrected" else -(-num_tokens * p // q)
 
-    def assign(self, tokens: Tokens, K: int) -> tuple[Tensor, Tensor]:
+    def peaks(self, tokens: Tokens, K: int) -> ops.DensityPeaks:
+        """The K centres, best score first, and every token's nearest."""
         k = self.num_neighbors if self.num_neighbors <= K else min(3, max(K // 2, 1))
-        peaks = ops.density_peaks(tokens.x.float(), K, k)
+        return ops.density_peaks(tokens.x.float(), K, k)
+
+    def assign(self, tokens: Tokens, K: int) -> tuple[Tensor, Tensor]:
+        peaks = self.peaks(tokens, K)
         anchor, rank = peaks.center.sort(dim=1)
         return rank.argsort(dim=1).gather(1, peaks.assignment), anchor
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmcompress import ops
 from mmcompress.compressor import Merger
 from mmcompress.registry import register
-from mmcompress.tokens import Tokens
+from mmcompress.tokens import Tokens, gather
 
 
 @register
@@ -48,13 +48,25 @@ class Tome(Merger):
             return num_tokens
         return super().num_kept(num_tokens) if self.r is None else num_tokens - min(self.r, num_tokens // 2)
 
-    def assign(self, tokens: Tokens, K: int) -> tuple[Tensor, Tensor]:
+    def features(self, tokens: Tokens) -> Tensor:
+        """What similarity is measured on [B, N, ·], float32."""
         B, N = tokens.x.shape[:2]
         if self.metric == "keys" and "keys" not in tokens.signals:
             raise ValueError("tome with metric='keys' reads the signal keys, got none")
-        metric, size = (tokens.x if self.metric == "x" else tokens.signals["keys"]).detach().float(), tokens.size
-        if metric.shape[:2] != (B, N):
-            raise ValueError(f"keys must have shape [B, N, …] with [B, N] = {[B, N]}, got {list(metric.shape)}")
+        features = (tokens.x if self.metric == "x" else tokens.signals["keys"]).detach().float()
+        if features.shape[:2] != (B, N):
+            raise ValueError(f"keys must have shape [B, N, …] with [B, N] = {[B, N]}, got {list(features.shape)}")
+        return features
+
+    def distance(self, tokens: Tokens, other: Tensor) -> Tensor:
+        """One minus the cosine; a zero token is similar to nothing."""
+        x = self.features(tokens)
+        length = x.norm(dim=-1)
+        return 1 - (x * gather(x, other)).sum(-1) / (length * length.gather(1, other)).clamp(min=torch.finfo(x.dtype).tiny)
+
+    def assign(self, tokens: Tokens, K: int) -> tuple[Tensor, Tensor]:
+        B, N = tokens.x.shape[:2]
+        metric, size = self.features(tokens), tokens.size
         assignment = anchor = torch.arange(N, device=tokens.x.device).expand(B, N)
         while N > K:
             r = min(N - K, N // 2)
