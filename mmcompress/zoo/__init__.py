@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["list_models", "load", "parts_dir"]
 
 _MODELS = {
+    "asr": ("asr.asr", None),
+    "audio": ("audio.audio", "audio"),
     "image": ("image.image", "image"),
     "image-single": ("image.image_single", "image"),
     "video": ("video.video", "video"),

@@ -24,7 +24,7 @@ NUM_FRAMES = 8
 
 
 def video(cache_dir: str | Path | None, parts: Path | None) -> tuple[Any, Any]:
-    """LlavaOnevision: 64 tokens a frame and one newline a clip; takes frames as list, array [T, H, W, 3] or tensor [T, 3, H, W]."""
+    """LlavaOnevision: 64 tokens a frame and a newline a clip; takes pictures, arrays [T, H, W, 3] and tensors [T, 3, H, W]."""
     from transformers import (
         Dinov2Config,
         LlamaConfig,
