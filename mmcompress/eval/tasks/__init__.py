@@ -10,6 +10,7 @@ from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
 from mmcompress.eval.tasks.relations import Relations
+from mmcompress.eval.tasks.video import VideoEvent, VideoOrder
 
 __all__ = [
     "SPLITS",
@@ -25,13 +26,15 @@ __all__ = [
     "Sample",
     "Scene",
     "Task",
+    "VideoEvent",
+    "VideoOrder",
     "create_task",
     "list_tasks",
     "normalise",
     "photo_paths",
 ]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document, VideoOrder, VideoEvent)}
 """name -> class; one line a task."""
 
 
