@@ -10,6 +10,7 @@ from typing import Any
 
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import Ledger
+from mmcompress.tokens import Layout
 
 ZOO = "zoo:"
 
@@ -99,7 +100,7 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
         ]
     if len(question.audio):
         arguments["audio"] = list(question.audio)
-        arguments["sampling_rate"] = processor.feature_extractor.sampling_rate
+        arguments["sampling_rate"] = sampling_rate(processor)
     if getattr(processor, "chat_template", None):
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
@@ -160,17 +161,33 @@ def check_kinds(compressor: Compressor, kinds: Sequence[str]) -> None:
         raise ValueError(f"{names} compresses {' and '.join(known)} only, got {' and '.join(kinds)}")
 
 
-def seen_picture(processor: Any, picture: Any) -> Any:
-    """The part of a picture that a single-view model sees: a processor that crops to the centre cuts the rest away."""
+def seen(processor: Any, media: Any, layout: Layout) -> Any:
+    """What a model sees or hears of a picture, a clip (a sequence of pictures) or a recording (mono waveform).
+
+    A processor that crops to the centre cuts the rest of a picture away, but for the crops of an AnyRes image; one that hears a
+    fixed window cuts a longer recording.
+    """
+    if layout.kind == "audio":
+        return media[: getattr(processor.feature_extractor, "n_samples", None)]
+    if layout.kind == "video":
+        return [_centre(getattr(processor, "video_processor", None), frame) for frame in media]
+    return media if layout.crops else _centre(getattr(processor, "image_processor", None), media)
+
+
+def _centre(part: Any, picture: Any) -> Any:
     from PIL import ImageOps
 
-    image_processor = getattr(processor, "image_processor", None)
-    size = getattr(image_processor, "crop_size", None)
-    if not getattr(image_processor, "do_center_crop", False) or not size:
+    size = getattr(part, "crop_size", None)
+    if not getattr(part, "do_center_crop", False) or not size:
         return picture
     w, h = size["width"], size["height"]
     scale = min(picture.width / w, picture.height / h)
     return ImageOps.fit(picture, (max(1, round(w * scale)), max(1, round(h * scale))))
+
+
+def sampling_rate(processor: Any) -> int:
+    """Samples a second of the recordings that a model hears; 16,000 where it hears none."""
+    return getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
 
 
 def quiet() -> None:

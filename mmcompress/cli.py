@@ -1,4 +1,4 @@
-"""The command line: `mmcompress demo | run | inspect | methods | models | doctor`.
+"""The command line: `mmcompress demo | run | inspect | bench | methods | models | doctor`.
 
 Results go to stdout, progress and errors to stderr. Bad input is one sentence and exit code 2; anything else that goes wrong
 keeps its traceback.
@@ -116,8 +116,46 @@ def progress(text: str) -> None:
 # options that several commands share
 
 
+KINDS = {"image": "a picture", "video": "a clip", "audio": "a recording"}
+
+
 def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", default="zoo:image", metavar="M", help="zoo:NAME, a folder or a hub id (default: zoo:image)")
+    names = "zoo:image, zoo:video or zoo:audio, whichever fits"
+    p.add_argument("--model", metavar="M", help=f"zoo:NAME, a folder or a hub id (default: {names})")
+
+
+def _item_options(p: argparse.ArgumentParser, several: bool = False) -> None:
+    for kind, what in KINDS.items():
+        text = what + ("; repeatable" if several else "")
+        p.add_argument(f"--{kind}", action="append", default=[], metavar="FILE", help=text)
+    p.add_argument("--num-frames", type=int, default=8, metavar="N", help="frames taken of a clip (default: 8)")
+
+
+def _kinds(args: argparse.Namespace) -> list[str]:
+    """The kind of every item on the command line."""
+    return [kind for kind in KINDS for _ in getattr(args, kind)]
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, list]]:
+    """Model, processor and the items of a `Question`; a broken file is found before the model is loaded."""
+    from mmcompress.ask import load_model, sampling_rate
+    from mmcompress.media import load_audio, load_image, load_video
+
+    images, videos = [load_image(p) for p in args.image], [load_video(p, args.num_frames) for p in args.video]
+    rate = 16000
+    audio = [load_audio(p, rate) for p in args.audio]
+    args.model = args.model or f"zoo:{_kinds(args)[0]}"
+    progress(f"loading {args.model}")
+    model, processor = load_model(args.model)
+    if (wanted := sampling_rate(processor)) != rate:
+        audio = [load_audio(p, wanted) for p in args.audio]
+    return model, processor, {"images": images, "videos": videos, "audio": audio}
+
+
+def _check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be an integer >= 1, got {value}")
 
 
 def _method_options(p: argparse.ArgumentParser, several: bool = False) -> None:
@@ -166,40 +204,25 @@ def compressors(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_arguments(p: argparse.ArgumentParser) -> None:
     _model_options(p)
-    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeatable")
-    p.add_argument("--video", action="append", default=[], metavar="FILE", help="a clip; repeatable")
-    p.add_argument("--audio", action="append", default=[], metavar="FILE", help="a recording; repeatable")
+    _item_options(p, several=True)
     p.add_argument("--prompt", required=True, help="the question")
     _method_options(p)
     p.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the reply (default: 32)")
-    p.add_argument("--num-frames", type=int, default=8, metavar="N", help="frames taken of a clip (default: 8)")
     p.add_argument("--compare", action="store_true", help="also answer uncompressed, and time both")
 
 
 def _run(args: argparse.Namespace) -> None:
-    if not (args.image or args.video or args.audio):
+    if not _kinds(args):
         raise ValueError("a question needs --image, --video or --audio, got none: there is nothing to compress")
-    for name in ("max_new_tokens", "num_frames"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be an integer >= 1, got {getattr(args, name)}")
+    _check_counts(args, "max_new_tokens", "num_frames")
     made = compressors(args)
     if len(made) != 1:
         raise ValueError(f"run takes one method, got {args.method!r}")
     ((name, compressor),) = made.items()
-    from mmcompress.ask import Question, ask, load_model, prepare
-    from mmcompress.media import load_audio, load_image, load_video
+    from mmcompress.ask import Question, ask, prepare
 
-    images, videos = [load_image(p) for p in args.image], [load_video(p, args.num_frames) for p in args.video]
-    if args.audio:
-        for path in args.audio:
-            load_audio(path, 16000)  # a broken file is found before the model is loaded
-    progress(f"loading {args.model}")
-    model, processor = load_model(args.model)
-    audio = []
-    if args.audio:
-        rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
-        audio = [load_audio(p, rate) for p in args.audio]
-    inputs = prepare(model, processor, Question(args.prompt, images, videos, audio))
+    model, processor, items = _load(args)
+    inputs = prepare(model, processor, Question(args.prompt, **items))
     answers = {}
     with compressor(model):  # a method that this model cannot serve stops here, before anything is computed
         pass
@@ -253,34 +276,40 @@ def _answer_json(answer: Any) -> dict[str, Any]:
 
 def _inspect_arguments(p: argparse.ArgumentParser) -> None:
     _model_options(p)
-    p.add_argument("--image", required=True, metavar="FILE", help="a picture")
-    p.add_argument("--prompt", default="What is in the picture?", help="the question, for methods that read the text")
+    _item_options(p)
+    p.add_argument("--prompt", default="What is this?", help="the question, for methods that read the text")
     _method_options(p, several=True)
     p.add_argument("--out", default="inspect", metavar="PATH", help="folder, or for one method a .png file (default: inspect)")
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if len(_kinds(args)) != 1:
+        raise ValueError(f"inspect takes one item (--image, --video or --audio), got {len(_kinds(args))}")
+    _check_counts(args, "num_frames")
     made = compressors(args)
     out = Path(args.out)
     if out.suffix.lower() == ".png" and len(made) > 1:
         raise ValueError(f"--out must be a folder for several methods, got {args.out!r}")
-    from mmcompress import viz
-    from mmcompress.ask import Question, ask, load_model, prepare, seen_picture
-    from mmcompress.media import load_image
+    from PIL import Image
 
-    picture = load_image(args.image)
-    progress(f"loading {args.model}")
-    model, processor = load_model(args.model)
-    inputs = prepare(model, processor, Question(args.prompt, [picture]))
+    from mmcompress import viz
+    from mmcompress.ask import Question, ask, prepare, sampling_rate, seen
+
+    file = Path(*args.image, *args.video, *args.audio)
+    model, processor, items = _load(args)
+    (media,) = (item for kind in items.values() for item in kind)
+    if args.video:
+        media = [Image.fromarray(frame) for frame in media[0]]
+    inputs = prepare(model, processor, Question(args.prompt, **items))
     written = []
     for name, compressor in made.items():
         progress(f"asking with {name}")
         answer = ask(model, processor, inputs, compressor, 1)
         item = answer.items[0]
-        shown = picture if item.layout.crops else seen_picture(processor, picture)
+        pictures = viz.backdrops(seen(processor, media, item.layout), item.layout, sampling_rate(processor))
         ratio = f"keep_ratio {compressor.keep_ratio:g} · " if getattr(compressor, "has_ratio", True) else ""
-        sheet = viz.picture_of(item, shown, name, ratio + viz.describe(item))
-        path = out if out.suffix.lower() == ".png" else out / f"{Path(args.image).stem}_{name}.png"
+        sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", ratio + viz.describe(item))
+        path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
         written.append({"method": compressor.config(), "file": str(path), **answer.ledger.totals()})
@@ -333,16 +362,19 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _demo_arguments(p: argparse.ArgumentParser) -> None:
+    from mmcompress.demo import SECTIONS
+
+    names = ",".join(s.name for s in SECTIONS)
     p.add_argument("--out", default="demo", metavar="DIR", help="folder for index.html (default: demo)")
-    p.add_argument("--num-questions", type=int, default=6, metavar="N", help="questions asked (default: 6)")
+    p.add_argument("--sections", metavar="NAMES", help=f"sections, separated by commas (default: {names})")
+    p.add_argument("--num-questions", type=int, metavar="N", help="questions of each section (default: its own number)")
 
 
 def _demo(args: argparse.Namespace) -> None:
     from mmcompress import demo
 
-    if args.num_questions < 1:
-        raise ValueError(f"--num-questions must be an integer >= 1, got {args.num_questions}")
-    result = demo.run(args.num_questions, demo.MODEL)
+    _check_counts(args, "num_questions")
+    result = demo.run(demo.chosen(args.sections), args.num_questions)
     path = demo.write(result, Path(args.out))
     if args.json:
         emit({**result.to_json(), "page": str(path)})
@@ -351,14 +383,69 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"\nThe page with the pictures: {path}")
 
 
+def _bench_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--models", metavar="M,…", help="names of the zoo, folders or hub ids (default: image)")
+    p.add_argument("--tasks", metavar="T,…", help="tasks, such as easy_vqa or detail:small (default: detail)")
+    p.add_argument("--methods", metavar="NAME,…", help="methods; controls are always added (default: k_center)")
+    p.add_argument("--keep-ratio", metavar="R,…", help="shares of tokens kept (default: 0.25)")
+    p.add_argument("--n", type=int, metavar="N", help="test questions of each task (default: 200)")
+    p.add_argument("--seeds", metavar="S,…", help="seeds of methods with a field `seed` (default: 0)")
+    p.add_argument("--samples-seed", type=int, metavar="S", help="seed of the questions (default: 0)")
+    p.add_argument("--preset", metavar="NAME", help="a plan of benchmarks/configs, or a .json file, in place of the above")
+    p.add_argument("--timing", action="store_true", help="also time prefills: medians, and each method's own cost")
+    p.add_argument("--dtype", default="float32", metavar="D", help="float32, bfloat16, float16, or auto (default: float32)")
+    p.add_argument("--fresh", action="store_true", help="measure again what --out holds already")
+    p.add_argument("--out", metavar="DIR", help="folder for results, table and plot (default: runs/bench)")
+
+
+BENCH: dict[str, list[Any]] = {
+    "models": ["image"],
+    "tasks": ["detail"],
+    "methods": ["k_center"],
+    "keep_ratio": [0.25],
+    "seeds": [0],
+}
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from mmcompress.ask import quiet
+    from mmcompress.eval.bench import Sweep, bench, files, load_preset, text
+    from mmcompress.eval.loop import pick_dtype
+
+    given = {name: getattr(args, name) for name in ("models", "tasks", "methods", "keep_ratio", "seeds", "n", "samples_seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.preset is not None:
+        if given.keys() - {"n"}:
+            raise ValueError(f"--preset takes the place of --{sorted(given.keys() - {'n'})[0].replace('_', '-')}, got both")
+        sweeps, path = load_preset(args.preset)
+        out, stem = (path.parent, path.name) if args.out is None else (Path(args.out), "results")
+        for sweep in sweeps:
+            sweep.n = given.get("n", sweep.n)
+    else:
+        lists: dict[str, list[Any]] = {name: [v.strip() for v in given[name].split(",")] for name in BENCH if name in given}
+        for name in ("keep_ratio", "seeds"):
+            lists |= {name: [_number(v) for v in lists[name]]} if name in lists else {}
+        sweeps = [Sweep(**BENCH | lists, n=given.get("n", 200), seed=given.get("samples_seed", 0))]
+        out, stem = Path(args.out or "runs/bench"), "results"
+    pick_dtype(args.dtype)
+    quiet()
+    options: dict[str, Any] = {"dtype": args.dtype, "timing": args.timing, "fresh": args.fresh, "progress": not args.json}
+    report = bench(sweeps, out, stem=stem, **options)
+    if args.json:
+        emit({**report.to_json(), "files": {k: str(p) for k, p in files(out, stem).items()}})
+        return
+    print(text(report))
+    print("\nWritten: " + ", ".join(str(p) for p in files(out, stem).values() if p.exists()))
+
+
 def _nothing(p: argparse.ArgumentParser) -> None:
     """No options of its own."""
 
 
 COMMANDS: dict[str, tuple[str, str, Callable, Callable, str]] = {
     "demo": (
-        "ask questions about pictures: uncompressed, and with every method; writes a page",
-        "[--out DIR] [--num-questions N] ",
+        "ask questions about pictures, clips and recordings: uncompressed, and with every method; writes a page",
+        "[--out DIR] [--sections NAMES] [--num-questions N] ",
         _demo_arguments,
         _demo,
         "mmcompress demo --out demo",
@@ -372,10 +459,17 @@ COMMANDS: dict[str, tuple[str, str, Callable, Callable, str]] = {
     ),
     "inspect": (
         "draw what a method keeps, drops and merges: one picture per method",
-        "--image FILE [options] ",
+        "--image FILE | --video FILE | --audio FILE [options] ",
         _inspect_arguments,
         _inspect,
         "mmcompress inspect --image cat.jpg --method k_center,global_guided --keep-ratio 0.25 --out inspect",
+    ),
+    "bench": (
+        "measure methods on tasks: accuracy with intervals, cost, differences to the controls; goes on where it was stopped",
+        "[options] ",
+        _bench_arguments,
+        _bench,
+        "mmcompress bench --models image --tasks easy_vqa,detail --methods k_center,pooling --keep-ratio 0.5,0.1 --n 100",
     ),
     "methods": ("list the methods: their signals and fields", "", _nothing, _methods, "mmcompress methods"),
     "models": ("list the model families, and the ready models", "", _nothing, _models, "mmcompress models"),

@@ -1,15 +1,19 @@
-"""What a method did to a picture: the traces of `run.items` as layers at token resolution, and a picture made of them.
+"""What a method did to an item: the traces of `run.items` as layers at token resolution, and a picture made of them.
 
-A view is a lattice of tokens over a picture: the thumbnail and the canvas of crops of an AnyRes image, a frame of a clip, or
-simply the image. Dropped tokens are dimmed; tokens that were merged take the mean colour of their cluster and its outline.
+A view is a lattice of tokens over a picture: the thumbnail and the canvas of crops of an AnyRes image, a time step of a clip,
+a recording's row of tokens over its spectrogram, or simply the image. Dropped tokens are dimmed; tokens that were merged take
+the mean colour of their cluster (a recording: its mean spectrum) and its outline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mmcompress.tokens import Layout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
 DIM = (44, 51, 68, 206)  # over a dropped token, RGBA
 BLEND = 190  # opacity of a merged cluster's mean colour
 INK, PAPER, MUTED, ACCENT = (240, 242, 247), (15, 17, 23), (150, 157, 172), (255, 196, 84)
+HOP, MEL_BINS, DECIBELS = 0.01, 64, 80  # of a spectrogram: seconds a column, rows, range below the loudest
+SOUND = ((58, 56, 118), (104, 56, 140), (168, 62, 136), (236, 96, 100), (254, 176, 122), (252, 250, 215))
+"""Quiet to loud; no channel is below DIM's, so that whatever is dropped gets darker."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,17 @@ class Region:
 
 @dataclass(frozen=True)
 class View:
-    """output [h, w]: the output that each cell's token went into, -1 = dropped; regions: the whole view, or its crops."""
+    """A lattice of tokens.
+
+    kind: of the item, "image", "video" or "audio" (then h = 1). output [h, w]: the output that each cell's token went into,
+    -1 = dropped. merged [h, w] bool: other tokens of the item, perhaps in other views, went into the same one.
+    regions: the whole view, or its crops.
+    """
 
     name: str
+    kind: str
     output: np.ndarray
+    merged: np.ndarray
     regions: tuple[Region, ...]
 
     @property
@@ -46,74 +60,141 @@ class View:
 
 
 def views(item: Any) -> list[View]:
-    """The views of one trace (an image or a clip). Raises ValueError where its tokens do not lie on a lattice."""
+    """The views of one trace, one a time step for a clip. Raises ValueError where its tokens do not lie on a lattice."""
     layout = item.layout
-    if layout.kind == "audio":
-        raise ValueError("only images and clips can be drawn, got audio")
     position, group = item.position.cpu().numpy(), item.group.cpu().numpy()
     assignment, anchor = item.assignment.cpu().numpy(), item.anchor.cpu().numpy()
-    if layout.crops:
+    cell = position[:, 1:]
+    everywhere = np.ones(len(position), dtype=bool)
+    if layout.kind == "audio":  # time runs to the right
+        parts, cell = [("recording", everywhere)], position[:, [1, 0]]
+    elif layout.kind == "video":
+        parts = [(f"step {t + 1}", position[:, 0] == t) for t in range(layout.grid[0])]
+    elif layout.crops:
         parts = [("thumbnail", group == 0), (f"{layout.crops[0]} by {layout.crops[1]} crops", group > 0)]
     else:
-        frames = np.unique(position[:, 0])
-        parts = [("image" if len(frames) == 1 else f"step {t + 1}", position[:, 0] == t) for t in frames]
+        parts = [("image", everywhere)]
     anchored = np.zeros(len(position), dtype=bool)
     anchored[anchor] = True
-    out = []
-    for name, inside in parts:
-        if inside.any():
-            out.append(_view(name, position[inside, 1:], group[inside], assignment[inside], anchored[inside]))
-    return out
+    merged = np.bincount(assignment + 1, minlength=len(anchor) + 1)[assignment + 1] > 1
+    merged &= assignment >= 0
+    per_token = (cell, group, assignment, merged, anchored)
+    return [_view(name, layout.kind, *(v[inside] for v in per_token)) for name, inside in parts if inside.any()]
 
 
-def _view(name: str, cell: np.ndarray, group: np.ndarray, assignment: np.ndarray, anchored: np.ndarray) -> View:
+def _view(
+    name: str, kind: str, cell: np.ndarray, group: np.ndarray, assignment: np.ndarray, merged: np.ndarray, anchored: np.ndarray
+) -> View:
     cell = cell - cell.min(0)
     h, w = cell.max(0) + 1
-    if h * w != len(cell) or len(np.unique(cell[:, 0] * w + cell[:, 1])) != len(cell):
-        raise ValueError(f"the tokens of an image must fill a lattice, got {len(cell)} tokens on {h} × {w} cells")
-    output = np.empty((h, w), dtype=np.int64)
-    output[cell[:, 0], cell[:, 1]] = assignment
+    order = np.argsort(cell[:, 0] * w + cell[:, 1], kind="stable")
+    if h * w != len(cell) or (cell[order, 0] * w + cell[order, 1] != np.arange(h * w)).any():
+        raise ValueError(f"the tokens of an item must fill a lattice, got {len(cell)} tokens on {h} × {w} cells")
     regions = []
     for g in np.unique(group):
         own = group == g
         (top, left), (bottom, right) = cell[own].min(0), cell[own].max(0) + 1
         regions.append(Region((int(left), int(top), int(right), int(bottom)), int(anchored[own].sum()), int(own.sum())))
-    return View(name, output, tuple(regions))
+    return View(name, kind, assignment[order].reshape(h, w), merged[order].reshape(h, w), tuple(regions))
 
 
-def layer(view: View, picture: Image.Image) -> np.ndarray:
-    """What lies over the picture, RGBA [h, w, 4], one pixel a token."""
-    h, w = view.output.shape
-    out = np.zeros((h, w, 4), dtype=np.uint8)
-    out[view.output < 0] = DIM
-    colour = np.asarray(picture.convert("RGB").resize((w, h), 4), dtype=np.float64)  # 4: box filter, the mean of each cell
-    labels, index, size = np.unique(view.output, return_inverse=True, return_counts=True)
-    index = index.reshape(h, w)
-    mean = np.stack([np.bincount(index.ravel(), colour[..., c].ravel(), len(labels)) for c in range(3)], -1) / size[:, None]
-    merged = (size[index] > 1) & (view.output >= 0)
+def backdrops(media: Any, layout: Layout, sampling_rate: int = 16000) -> list[Image.Image]:
+    """The pictures that lie under the views of an item: one for all, or one a time step of a clip (its first frame).
+
+    media: a picture, a clip's pictures, or a mono waveform at `sampling_rate` Hz, as the model sees or hears it (`ask.seen`).
+    """
+    if layout.kind == "audio":
+        return [spectrogram(media, sampling_rate)]
+    return [media] if layout.kind == "image" else list(media[:: frames_per_step(len(media), layout)])
+
+
+def frames_per_step(num_frames: int, layout: Layout) -> int:
+    """How many frames of a clip one time step of its tokens covers."""
+    return -(-num_frames // layout.grid[0])
+
+
+def under(shown: Sequence[View], pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The picture of each view: its own, or the one that all share. Raises ValueError for any other number."""
+    if len(pictures) not in (1, len(shown)):
+        raise ValueError(f"pictures must be one, or one for each of the {len(shown)} views, got {len(pictures)}")
+    return list(pictures) * (len(shown) if len(pictures) == 1 else 1)
+
+
+def spectrogram(wave: np.ndarray, sampling_rate: int) -> Image.Image:
+    """The log-mel spectrogram of a mono waveform [samples]: a column every HOP seconds, MEL_BINS rows, high tones above."""
+    from PIL import Image
+    from transformers import audio_utils
+
+    hop, window = round(HOP * sampling_rate), round(2.5 * HOP * sampling_rate)
+    fft = 1 << (window - 1).bit_length()
+    filters = audio_utils.mel_filter_bank(1 + fft // 2, MEL_BINS, 0, sampling_rate / 2, sampling_rate, mel_scale="htk")
+    mel = audio_utils.spectrogram(
+        np.asarray(wave, dtype=np.float64),
+        audio_utils.window_function(window),
+        window,
+        hop,
+        fft,
+        power=2,
+        pad_mode="constant",
+        mel_filters=filters,
+        log_mel="dB",
+    )
+    mel = mel[::-1, : max(1, len(wave) // hop)]
+    loudness = np.clip(1 + (mel - mel.max()) / DECIBELS, 0, 1)
+    steps = np.linspace(0, 1, len(SOUND))
+    pixels = np.stack([np.interp(loudness, steps, channel) for channel in zip(*SOUND, strict=True)], -1)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def ticks(seconds: float, most: int = 9) -> list[float]:
+    """Round times from 0 on for the axis of a recording, at most `most` of them."""
+    step = next(s * 10**e for e in range(-3, 6) for s in (1, 2, 5) if seconds / (s * 10**e) <= most - 1)
+    return [round(i * step, 3) for i in range(int(seconds / step + 1e-9) + 1)]
+
+
+def layers(shown: Sequence[View], pictures: Sequence[Image.Image]) -> list[np.ndarray]:
+    """What lies over the pictures of an item's views, each RGBA [h, w, 4], one pixel a token.
+
+    Over a spectrogram it has a row per mel bin, so that merged tokens take their mean spectrum. A cluster has one colour in all
+    views.
+    """
+    sound = shown[0].kind == "audio"
+    shapes = [(p.height if sound else len(v.output), v.output.shape[1]) for v, p in zip(shown, pictures, strict=True)]
+    stack = lambda values: np.concatenate([np.broadcast_to(v, s).ravel() for v, s in zip(values, shapes, strict=True)])  # noqa: E731
+    output, merged = stack([v.output for v in shown]), stack([v.merged for v in shown])
+    row = stack([sound * np.arange(h)[:, None] for h, _ in shapes])
+    colour = np.concatenate(
+        [
+            np.asarray(p.convert("RGB").resize((w, h), 4), dtype=np.float64).reshape(-1, 3)  # 4: box filter, a cell's mean
+            for p, (h, w) in zip(pictures, shapes, strict=True)
+        ]
+    )
+    _, index, size = np.unique(output * (row.max() + 1) + row, return_inverse=True, return_counts=True)
+    mean = np.stack([np.bincount(index, channel) for channel in colour.T], -1) / size[:, None]
+    out = np.zeros((len(output), 4), dtype=np.uint8)
     out[merged, :3] = mean[index][merged].round()
     out[merged, 3] = BLEND
-    return out
+    out[output < 0] = DIM
+    ends = np.cumsum([h * w for h, w in shapes])[:-1]
+    return [part.reshape(*shape, 4) for part, shape in zip(np.split(out, ends), shapes, strict=True)]
 
 
 def outlines(view: View) -> list[tuple[int, int, int, int]]:
     """Segments (x0, y0, x1, y1), in cells: around what was dropped; where any merged, between clusters."""
-    out, kept = view.output, view.output[view.output >= 0]
-    if not len(kept) or np.bincount(kept).max() < 2:
-        out = out >= 0
+    out = view.output if view.merged.any() else view.output >= 0
     y, x = np.nonzero(out[:, 1:] != out[:, :-1])
     segments = [(int(b) + 1, int(a), int(b) + 1, int(a) + 1) for a, b in zip(y, x, strict=True)]
     y, x = np.nonzero(out[1:] != out[:-1])
     return segments + [(int(b), int(a) + 1, int(b) + 1, int(a) + 1) for a, b in zip(y, x, strict=True)]
 
 
-def panel(view: View, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def panel(view: View, picture: Image.Image, layer: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """The picture at `size` (width, height) under the view's layer, with crop borders and each crop's budget."""
     from PIL import Image, ImageDraw
 
     h, w = view.output.shape
     base = picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
-    top = Image.fromarray(layer(view, picture), "RGBA").resize(size, Image.Resampling.NEAREST)
+    top = Image.fromarray(layer, "RGBA").resize(size, Image.Resampling.NEAREST)
     base = Image.alpha_composite(base, top)
     ink = Image.new("RGBA", size)
     draw = ImageDraw.Draw(ink)
@@ -129,30 +210,68 @@ def panel(view: View, picture: Image.Image, size: tuple[int, int]) -> Image.Imag
     return Image.alpha_composite(base, ink).convert("RGB")
 
 
-def picture_of(item: Any, picture: Image.Image, title: str, subtitle: str = "", height: int = 640) -> Image.Image:
-    """The whole trace of one image: title line, every view side by side, captions. `height` of the tallest view in pixels."""
+LEGEND = "dimmed: dropped   ·   averaged: merged   ·   as it is: kept"
+STRIP = 8  # frames beside each other
+
+
+def picture_of(item: Any, pictures: Sequence[Image.Image], title: str, subtitle: str = "", height: int = 640) -> Image.Image:
+    """The whole trace of one item: title, every view over its picture (`backdrops`), captions, legend.
+
+    height: of the tallest view of an image in pixels; the frames of a clip and a spectrogram are lower.
+    """
     from PIL import Image, ImageDraw
 
     shown = views(item)
-    ratio = picture.width / picture.height
-    main = shown[-1]
-    scale = max(1, round(height / max(main.output.shape[0], main.output.shape[1] / 1.6)))
-    big = (main.output.shape[1] * scale, main.output.shape[0] * scale)
-    sizes = [big if v is main else _fit(ratio, big[1] * 0.5, big[0] * 0.75) for v in shown]
-    margin, gap, head, foot = 32, 24, 104, 44
+    pictures = under(shown, pictures)
+    big, ratio = _size(shown[-1], pictures[0], height), pictures[0].width / pictures[0].height
+    sizes = [_fit(ratio, big[1] * 0.5, big[0] * 0.75) if view.name == "thumbnail" else big for view in shown]
+    over = layers(shown, pictures)
+    margin, gap, head, foot, line = 32, 24 if len(shown) < 3 else 10, 104, 44, 16
+    rows = [range(i, min(i + STRIP, len(shown))) for i in range(0, len(shown), STRIP)]
     title_font, font, small = (_font(s) for s in (28, 17, 16))
-    need = max(title_font.getlength(title), font.getlength(subtitle))
-    width = int(max(sum(w for w, _ in sizes) + gap * (len(sizes) - 1), need)) + 2 * margin
-    sheet = Image.new("RGB", (width, head + big[1] + foot + 12), PAPER)
+    wide = max(sum(sizes[i][0] for i in row) + gap * (len(row) - 1) for row in rows)
+    width = int(max(wide, title_font.getlength(title), font.getlength(subtitle), small.getlength(LEGEND))) + 2 * margin
+    axis = 30 if item.layout.kind == "audio" else 0
+    row_height = max(h for _, h in sizes) + axis + foot
+    sheet = Image.new("RGB", (width, head + len(rows) * row_height + line + 28), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((margin, 24), title, INK, title_font)
     draw.text((margin, 60), subtitle, MUTED, font)
-    x = margin
-    for view, size in zip(shown, sizes, strict=True):
-        sheet.paste(panel(view, picture, size), (x, head))
-        draw.text((x, head + size[1] + 12), f"{view.name}  {view.kept} of {view.total}", MUTED, small)
-        x += size[0] + gap
+    for n, row in enumerate(rows):
+        x, y = margin, head + n * row_height
+        for i in row:
+            view, size, below = shown[i], sizes[i], y + sizes[i][1] + axis + 12
+            sheet.paste(panel(view, pictures[i], over[i], size), (x, y))
+            if axis:
+                _axis(draw, (x, y + size[1]), size[0], HOP * pictures[i].width)
+            text = f"{view.name}: {view.kept} of {view.total}"
+            if small.getlength(text) > size[0]:
+                text = f"{view.kept} of {view.total}"
+            draw.text((x, below), text, MUTED, small)
+            x += size[0] + gap
+    draw.text((margin, sheet.height - line - 20), LEGEND, MUTED, small)
     return sheet
+
+
+def _size(view: View, picture: Image.Image, height: int) -> tuple[int, int]:
+    """Width and height of a view on the sheet; whole pixels a token but for a frame."""
+    h, w = view.output.shape
+    if view.kind == "video":
+        return _fit(picture.width / picture.height, 0.4 * height, 0.4 * height)
+    if view.kind == "audio":
+        return w * max(1, round(1.6 * height / w)), max(1, height // 2)
+    scale = max(1, round(height / max(h, w / 1.6)))
+    return w * scale, h * scale
+
+
+def _axis(draw: Any, at: tuple[float, float], width: int, seconds: float) -> None:
+    """Seconds under a spectrogram."""
+    font = _font(14)
+    for t in ticks(seconds):
+        x = at[0] + width * t / seconds
+        draw.line([(x, at[1]), (x, at[1] + 6)], fill=MUTED)
+        label = f"{t:g} s"
+        draw.text((min(x, at[0] + width - font.getlength(label)), at[1] + 9), label, MUTED, font)
 
 
 def describe(item: Any) -> str:

@@ -1,6 +1,7 @@
 """The command line: results, JSON, and one sentence with exit code 2 for everything that is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 import mmcompress
 from mmcompress.cli import main
+from mmcompress.eval import tasks
 from mmcompress.registry import list_methods
 
 DATA = Path(__file__).parent / "data"
@@ -89,6 +91,11 @@ BAD = {
     ),
     "a method named twice": (["inspect", "--image", PHOTO, "--method", "pooling,pooling"], "once"),
     "no questions": (["demo", "--num-questions", "0"], "--num-questions must be"),
+    "no such section": (["demo", "--sections", "vidoe"], "did you mean 'video'?"),
+    "nothing to draw": (["inspect"], "inspect takes one item (--image, --video or --audio), got 0"),
+    "two items to draw": (["inspect", "--image", PHOTO, "--audio", "a.wav"], "got 2"),
+    "no frames to draw": (["inspect", "--video", "a.mp4", "--num-frames", "0"], "--num-frames must be"),
+    "missing recording to draw": (["inspect", "--audio", "nowhere.wav"], "audio must be an existing file"),
 }
 
 
@@ -327,32 +334,106 @@ assert "transformers" not in sys.modules
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-# the demo, on a tiny model
+# the demo, on tiny models and items
 
 
-def test_demo_runs_every_method_and_leaves_no_cell_empty(capsys, model, tmp_path, monkeypatch):
-    pytest.importorskip("easy_vqa")
+class TinyPictures(tasks.Task):
+    name, kind, size = "tiny_picture", "image", (40, 30)
+
+    def scene(self, split, seed, index):
+        item = Image.fromarray(tasks.base.rng_of(seed, index).integers(0, 255, (30, 40, 3), np.uint8))
+        return tasks.Scene(item, [tasks.Question("w20 w21", "w22", evidence=(tasks.Evidence(tasks.Box(4, 6, 20, 25)),))])
+
+
+class TinyClips(tasks.Task):
+    name, kind = "tiny_clip", "video"
+
+    def scene(self, split, seed, index):
+        pixels = tasks.base.rng_of(seed, index).integers(0, 255, (8, 32, 48, 3), np.uint8)
+        seen = (tasks.Evidence(tasks.Box(4, 6, 20, 25), frames=(3, 5)),)
+        return tasks.Scene([Image.fromarray(p) for p in pixels], [tasks.Question("w20 w21", "w22", evidence=seen)])
+
+
+class TinyRecordings(tasks.Task):
+    name, kind = "tiny_recording", "audio"
+
+    def scene(self, split, seed, index):
+        wave = tasks.base.rng_of(seed, index).standard_normal(16000).astype("float32")
+        return tasks.Scene(wave, [tasks.Question("w20 w21", "w22", evidence=(tasks.Evidence(seconds=(0.25, 0.5)),))])
+
+
+@pytest.fixture
+def sections(model, monkeypatch):
+    """One section for each kind of item, on tiny models, and one whose model does not exist."""
     from mmcompress import demo
 
-    monkeypatch.setattr(demo, "MODEL", model("llava_next"))
+    families = {TinyPictures: "llava_next", TinyClips: "qwen2_5_vl", TinyRecordings: "qwen2_audio"}
+    for task in families:
+        monkeypatch.setitem(tasks.TASKS, task.name, task)
+    made = [demo.Section(t.kind, f"All {t.kind}s", model(f), (t.name,), 1) for t, f in families.items()]
+    made.append(demo.Section("missing", "Missing", "zoo:no-such-model", ("tiny_clip",), 1))
+    monkeypatch.setattr(demo, "SECTIONS", tuple(made))
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 1)
-    assert main(["demo", "--num-questions", "1", "--out", str(tmp_path)]) == 0
+    return made
+
+
+def test_demo_runs_every_method_in_every_section(capsys, sections, tmp_path):
+    from mmcompress import demo
+
+    assert main(["demo", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr()
-    assert "question 1 of 1" in out.err
-    wanted = [s for s in demo.settings() if s.method != "vidcom2"]
-    table = [line.split() for line in out.out.split("prefill ms\n")[1].splitlines()[1:] if line[:2].strip().isdigit()]
-    assert len(table) == len(wanted) and all(len(row) >= 9 for row in table)
-    assert "Not run: vidcom2" in out.out
+    lacking = {"image": {"vidcom2"}, "video": {"global_guided"}, "audio": {"global_guided", "vidcom2"}}
+    ran = set()
     page = (tmp_path / "index.html").read_text()
-    for name in {s.method for s in wanted} - {"none"}:
-        assert f"<b>{name}</b>" in page
+    for section, following in zip(sections, [*(s.title for s in sections[1:3]), "Left out: "], strict=False):
+        lines = out.out.split(section.title)[1].split(following)[0]
+        skipped = set(re.findall(r"^Not run: (\w+): ", lines, re.M))
+        wanted = [s for s in demo.settings() if s.method not in skipped]
+        table = [line.split() for line in lines.split("prefill ms\n")[1].splitlines()[1:] if line[:2].strip().isdigit()]
+        assert lacking[section.name] <= skipped < set(list_methods()) - {"none", "random_keep", "pooling"}
+        assert len(table) == len(wanted) and all(len(row) >= 9 for row in table)
+        shown = page.split(f'<section id="{section.name}">')[1].split("</section>")[0]
+        assert all(f"<b>{s.method}</b>" in shown for s in wanted if s.method != "none")
+        ran |= {s.method for s in wanted}
+    assert ran == set(list_methods())
+    assert "the section missing is left out: zoo:no-such-model" in out.err and "Left out: missing: zoo:no-such-model" in out.out
+    assert "<b>missing</b>: zoo:no-such-model" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page and 'src="data:image/png' in page
 
 
-def test_demo_asks_about_details_and_shapes():
+def test_demo_marks_the_evidence(sections):
+    from mmcompress import demo
+
+    image, video, audio = (p.asked[0] for p in demo.run(sections[:3], say=lambda _: None).parts)
+    assert len(image.pictures) == 1 and image.evidence == [demo.Spot(0, (4, 6, 20, 25))]
+    assert len(video.pictures) == 4  # two frames a step; frames 3 and 4 lie in steps 1 and 2
+    assert video.evidence == [demo.Spot(1, (4, 6, 20, 25)), demo.Spot(2, (4, 6, 20, 25))]
+    assert audio.pictures[0].width == 100 and audio.evidence == [demo.Spot(0, (25, 0, 50, audio.pictures[0].height))]
+
+
+def test_demo_takes_sections_and_a_number_of_questions(capsys, sections, tmp_path):
+    out = result_of_demo(capsys, "--sections", "audio", "--num-questions", 2, "--out", tmp_path)
+    (part,) = out["sections"]
+    assert part["name"] == "audio" and len(part["questions"]) == 2 and out["left_out"] == {}
+    assert {s["questions"] for s in part["summary"]} == {2} and part["questions"][0]["kind"] == "audio"
+    refused_demo = ["demo", "--out", tmp_path, "--sections"]
+    refused(capsys, *refused_demo, "audoi", says="did you mean 'audio'?")
+    refused(capsys, *refused_demo, "audio,audio", says="once")
+    code, text, err = call(capsys, *refused_demo, "missing")
+    assert code == 2 and text == "" and err.splitlines()[-1].startswith("mmcompress: no section of the demo can run here: ")
+
+
+def result_of_demo(capsys, *arguments):
+    code, out, _ = call(capsys, "demo", *arguments, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_demo_asks_about_another_item_each_time():
     pytest.importorskip("easy_vqa")
     from mmcompress import demo
 
-    asked = [a for _, a in demo.questions(6)]
-    assert [a.task for a in asked] == ["detail"] * 4 + ["easy_vqa"] * 2
-    assert all(a.answers and a.prompt.endswith("?") and a.picture.width >= 384 for a in asked)
+    asked = demo.questions(("detail", "easy_vqa"), 4)
+    assert [task.name for task, _ in asked] == ["detail", "easy_vqa"] * 2
+    assert len({s.item.tobytes() for _, s in asked}) == 4 and all(s.answers and s.prompt.endswith("?") for _, s in asked)
+    assert asked[0][1].topic != asked[2][1].topic
