@@ -4,11 +4,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmcompress.eval.tasks import SPLITS, Detail, Document, EasyVQA, Relations, VideoEvent, VideoOrder, create_task, photo_paths
+from mmcompress.eval.tasks import (
+    SPLITS,
+    Detail,
+    Document,
+    EasyVQA,
+    Relations,
+    SoundOrder,
+    VideoEvent,
+    VideoOrder,
+    create_task,
+    photo_paths,
+)
 from mmcompress.eval.tasks.draw import COLOURS, SIZES
 from mmcompress.eval.tasks.easy_vqa import _facts
 
-GENERATED = (Detail("mixed"), Relations(), Document(), VideoOrder(), VideoEvent())
+GENERATED = (Detail("mixed"), Relations(), Document(), VideoOrder(), VideoEvent(), SoundOrder())
 """Tasks whose answers are drawn."""
 ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), *GENERATED)
 

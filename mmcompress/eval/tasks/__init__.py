@@ -10,6 +10,7 @@ from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
 from mmcompress.eval.tasks.relations import Relations
+from mmcompress.eval.tasks.sound import SoundOrder
 from mmcompress.eval.tasks.video import VideoEvent, VideoOrder
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Relations",
     "Sample",
     "Scene",
+    "SoundOrder",
     "Task",
     "VideoEvent",
     "VideoOrder",
@@ -34,7 +36,7 @@ __all__ = [
     "photo_paths",
 ]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document, VideoOrder, VideoEvent)}
+TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document, VideoOrder, VideoEvent, SoundOrder)}
 """name -> class; one line a task."""
 
 

@@ -56,12 +56,17 @@ class Question:
 
 @dataclass
 class Mark:
-    """Something painted on a picture or frame: its region, what kind it is, and the words that say it; `frame` of a clip."""
+    """Something that was painted on a picture or frame, or mixed into a recording.
+
+    box: its region; empty for a sound. kind: "shape", "word", "digit" …; words: what says it ("red", "star"). frame: of a clip.
+    seconds: (start, end) of a sound.
+    """
 
     box: Box
     kind: str
     words: tuple[str, ...]
     frame: int = 0
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass
