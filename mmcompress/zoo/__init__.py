@@ -20,6 +20,7 @@ _MODELS = {
     "audio": ("audio.audio", "audio"),
     "image": ("image.image", "image"),
     "image-single": ("image.image_single", "image"),
+    "mrope": ("mrope.mrope", "mrope"),
     "video": ("video.video", "video"),
 }
 """Name -> builder `(cache_dir, parts) -> (model, processor)` in this package, and whose trained parts it takes (None: no

@@ -276,7 +276,7 @@ def _convert_whisper(path: Path, out: Path) -> None:
     )
 
     value = read_ctranslate2(path)
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for stack in ("encoder", "decoder"):
         positions = value[f"{stack}/position_encodings/encodings"]
         state |= {f"{stack}.embed_positions.weight": positions, **_norm(value, stack, f"{stack}.layer_norm")}
