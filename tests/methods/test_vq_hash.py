@@ -259,6 +259,15 @@ def test_few_looks_give_few_codes_and_a_mask():
     assert not out.x[0, 1:].any() and torch.equal(out.x[0, 0], torch.ones(8))
     alone = create("vq_hash", num_codes=6)(Tokens.of(same))
     assert alone.mask is None and alone.num_kept == 1
+    method = trained(create("vq_hash", num_codes=6, **(MAPPER | {"width": 8})))
+    torch.testing.assert_close(method(Tokens.of(torch.cat([same, varied]))).x[:1, :1], method(Tokens.of(same)).x)
+
+
+def test_at_rest_the_centroids_are_not_replaced():
+    x = clip().x[0]
+    once = lloyd(x, unit(x[:5]), 50, 100.0)
+    assert once.num_iterations == 1 and torch.equal(once.centroid, unit(x[:5]))
+    assert lloyd(x, unit(x[:5]), 3, 0.0).num_iterations == 3
 
 
 def test_reseed_empty():
