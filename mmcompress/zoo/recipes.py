@@ -1,0 +1,85 @@
+"""How each zoo model is trained: on what, how much, and with which senses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mmcompress.zoo.sense import Clip, Grid, Picture, Sense, Sound
+
+
+@dataclass(frozen=True)
+class Source:
+    """Scenes of a task in the training mixture: how many, and their share of the steps. thumbnail: one view only."""
+
+    task: str
+    scenes: int
+    weight: float
+    thumbnail: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.task.replace(":", "-") + ("-thumbnail" if self.thumbnail else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """see: steps of the first stage (0: the encoder stays as it is). tower: the model whose trained tower is taken over.
+    answer: steps of the last stage, two items each. rates: peak learning rates of projector and LoRA."""
+
+    sources: tuple[Source, ...]
+    see: int = 0
+    tower: str | None = None
+    answer: int = 1000
+    rates: tuple[float, float] = (3e-4, 8e-4)
+
+
+RECIPES = {
+    "image": Recipe(
+        see=800,
+        answer=800,
+        sources=(
+            Source("detail", 360, 0.32),
+            Source("relations", 160, 0.12),
+            Source("document", 320, 0.26),
+            Source("easy_vqa", 80, 0.06),
+            Source("relations", 500, 0.16, thumbnail=True),
+            Source("easy_vqa", 250, 0.08, thumbnail=True),
+        ),
+    ),
+    "video": Recipe(
+        tower="image",
+        answer=500,
+        sources=(Source("video_order", 300, 0.45), Source("video_event", 400, 0.55)),
+    ),
+    "audio": Recipe(
+        sources=(Source("spoken_digits", 700, 0.5), Source("sound_order", 300, 0.5)),
+        answer=400,
+        rates=(1e-3, 8e-4),
+    ),
+    "mrope": Recipe(
+        see=240,
+        answer=500,
+        sources=(Source("relations", 700, 0.7), Source("easy_vqa", 300, 0.3)),
+    ),
+}
+
+
+TASKS: dict[str, tuple[str, ...]] = {
+    "image": ("easy_vqa", "detail:small", "detail:middle", "detail:large", "relations", "document"),
+    "image-single": ("easy_vqa", "relations"),
+    "video": ("video_order", "video_event"),
+    "audio": ("spoken_digits:known", "spoken_digits:unseen", "sound_order"),
+    "asr": ("asr_wer",),
+    "mrope": ("easy_vqa", "relations"),
+}
+"""On which tasks each model is measured."""
+
+SENSES: dict[str, type[Sense]] = {"image": Picture, "image-single": Picture, "video": Clip, "audio": Sound, "mrope": Grid}
+
+
+def sense_of(name: str, model: Any, processor: Any, **settings: Any) -> Sense:
+    """The sense through which a model takes its items."""
+    if name == "image-single":
+        settings["thumbnail"] = True
+    return SENSES[name](model, processor, **settings)

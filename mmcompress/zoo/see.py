@@ -1,0 +1,128 @@
+"""First stage: teach tower (by LoRA) and projector, without the language model, to say in words what a token shows.
+
+The mean output over some of a mark's tokens must name the mark among all words of its kind, by its product with the words'
+embeddings; every token is drawn, gently, to the sum of its mark's embeddings over the vocabulary's mean, where tokens that
+show no mark go. The language model then reads pictures much as it reads text. Views are made without end (views.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmcompress.zoo.boxes import token_boxes, token_marks
+from mmcompress.zoo.eye import SIDE, TOKENS, Eye, normalised
+from mmcompress.zoo.lora import LoRALinear, add_lora_
+from mmcompress.zoo.state import State
+from mmcompress.zoo.views import TABLES, tables_of, view
+
+BATCH, RANK, WARMUP = 8, 16, 60
+
+
+def scale_of(eye: Eye, seed: int, num: int = 32) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [W] of the untrained tower's features."""
+    with torch.inference_mode():
+        x = torch.cat([eye.features(normalised([view(seed, i)[0]])).float().flatten(0, 1) for i in range(num)])
+    return x.mean(0).clone(), (x.std(0) + 1e-6).clone()
+
+
+def teach(
+    eye: Eye, words: Tensor, tokenizer: Any, out: Path, steps: int, seed: int
+) -> tuple[dict[str, LoRALinear], dict[str, float]]:
+    """Adapt tower and projector in place, going on from a state in `out`; returns the tower's LoRA layers and the last figures.
+
+    words [V, D]: the language model's embeddings.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eye.tower.requires_grad_(False)
+    eye.mean, eye.std = scale_of(eye, seed)
+    layers = add_lora_(eye.tower, generator, RANK)
+    lora = [p for m in layers.values() for p in (m.a, m.b)]
+    eye.projector.requires_grad_(True)
+    eye.calm_()
+    groups: list[dict[str, Any]] = [{"params": list(eye.projector.parameters()), "peak": 8e-4}, {"params": lora, "peak": 4e-4}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    state = State(out / "see", [p for g in groups for p in g["params"]], optimizer)
+    done = state.load()
+    mean = words.float().mean(0)
+    vector = {w: words[tokenizer(w, add_special_tokens=False).input_ids[0]].float() - mean for t in TABLES for w in t}
+    tables = [torch.stack([vector[w] for w in t]) for t in TABLES]
+    boxes = token_boxes((SIDE, SIDE), None)
+    log, saved = (out / "log.jsonl").open("a"), time.time()
+    stats: dict[str, list[float]] = {}
+    line: dict[str, float] = {}
+    make = lambda step: [view(seed + 1, step * BATCH + i) for i in range(BATCH)]  # noqa: E731
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, done)
+        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="see", mininterval=10)):
+            views = coming.result()
+            coming = pool.submit(make, step + 1)
+            for g in optimizer.param_groups:
+                g["lr"] = (
+                    g["peak"] * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                )
+            loss, right = lesson(eye, views, boxes, vector, tables, mean, np.random.default_rng([seed, step]))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+            optimizer.step()
+            stats.setdefault("loss", []).append(loss.item())
+            for name, hits in right.items():
+                stats.setdefault(name, []).extend(hits)
+            if (step + 1) % 25 == 0 or step + 1 == steps:
+                line = {k: round(float(np.mean(v)), 3) for k, v in stats.items() if v}
+                log.write(json.dumps({"stage": "see", "step": step + 1, **line}) + "\n")
+                log.flush()
+                bar.set_postfix_str(" ".join(f"{k}={v}" for k, v in line.items()))
+                stats = {}
+            if time.time() - saved > 180 or step + 1 == steps:
+                state.save(step + 1)
+                saved = time.time()
+    return layers, line
+
+
+NAMES = ("digit", "word", "colour", "shape", "side", "height")
+
+
+def lesson(eye: Eye, views, boxes: Tensor, vector, tables, mean: Tensor, rng: np.random.Generator):
+    """Loss of one batch, and per table whether each mark was named right."""
+    features = eye.features(normalised([v for v, _ in views])).float()
+    rows, owner, background = [], [], []
+    said: list[list[tuple[int, str]]] = []
+    for b, (_, marks) in enumerate(views):
+        label = token_marks(boxes, marks).numpy()
+        for j, mark in enumerate(marks):
+            tokens = np.nonzero(label == j)[0]
+            names = [(t, w) for t, w in tables_of(mark) if eye.places or t < 4]
+            if len(tokens) and any(t < 4 for t, _ in names):
+                tokens = rng.choice(tokens, min(len(tokens), int(rng.integers(1, 9))), replace=False)
+                rows.append(b * TOKENS + tokens)
+                owner += [len(said)] * len(tokens)
+                said.append(names)
+        other = np.nonzero(label < 0)[0]
+        background.append(b * TOKENS + rng.choice(other, min(len(other), 16), replace=False))
+    at, flat = torch.tensor(owner), features.flatten(0, 1)
+    index = torch.from_numpy(np.concatenate([*rows, *background]))
+    z = eye.project(flat[index]) - mean
+    target = torch.stack([torch.stack([vector[w] for _, w in names]).sum(0) for names in said])
+    pulled = (z[: len(at)] - target[at]).square().sum(-1).mean() + z[len(at) :].square().sum(-1).mean()
+    pooled = torch.zeros(len(said), z.shape[1]).index_add(0, at, z[: len(at)]) / at.bincount()[:, None]
+    named, total, right = torch.zeros(()), 0, {}
+    for k, vectors in enumerate(tables):
+        hit = [(j, TABLES[k].index(w)) for j, names in enumerate(said) for t, w in names if t == k]
+        if hit:
+            j, c = torch.tensor(hit).T
+            logits = pooled[j] @ vectors.T
+            named = named + nn.functional.cross_entropy(logits, c, reduction="sum")
+            total += len(hit)
+            right[NAMES[k]] = (logits.argmax(-1) == c).float().tolist()
+    return named / total + 0.02 * pulled, right

@@ -1,0 +1,218 @@
+"""What a zoo model's encoder gives for the item of a scene, and how the model packs it: computed once, then trained on.
+
+One class a kind of item. `Seen` is the common form: rows of encoder output, which of them each token averages, where the token
+stands, and whether it shows anything that a question asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mmcompress.eval.tasks.base import Question, Scene, Task
+from mmcompress.zoo.boxes import layout, token_boxes, token_marks
+from mmcompress.zoo.eye import GRID, SIDE, TOKENS, Eye, QwenEye, normalised
+
+NEWLINE = -1
+
+
+@dataclass
+class Seen:
+    """An item as the model sees it.
+
+    features [M, W] float16: rows of encoder output. order [S, r]: the rows that a token averages, NEWLINE in its first column
+    for a newline. position [S] or [3, S]: of the tokens, from 0. length: positions that the item takes.
+    shows [S]: the token shows a mark, or sounds in the evidence of a question.
+    """
+
+    features: Tensor
+    order: Tensor
+    position: Tensor
+    length: int
+    shows: Tensor
+    questions: list[Question]
+
+
+class Sense:
+    """Base: `see(scene)` gives a `Seen`, `embed` makes embeddings of the language model of its tokens."""
+
+    kind = "image"
+    prefix: str
+    """Of the projector's tensors."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.core, self.processor = model, model.model, processor
+
+    def see(self, scene: Scene) -> Seen:
+        raise NotImplementedError(f"{type(self).__name__} must define see(scene)")
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The visual parameters that are trained with the language model, by their full names."""
+        found = {f"{self.prefix}{n}": p for n, p in self.projector.named_parameters()}
+        newline = getattr(self.core, "image_newline", None)
+        return found if newline is None else {**found, "model.image_newline": newline}
+
+    @property
+    def projector(self) -> torch.nn.Module:
+        return self.core.multi_modal_projector
+
+    def project(self, x: Tensor) -> Tensor:
+        """Rows of features -> embeddings of the language model, float32."""
+        return self.projector(x.float())
+
+    def folded(self) -> dict[str, Tensor]:
+        """The trained visual tensors, the features' scale folded into them."""
+        return {n: p.detach() for n, p in self.trained.items()}
+
+    def embed(self, seen: Seen, keep: Tensor) -> Tensor:
+        """Embeddings [k, D] of the tokens `keep` [k], float32."""
+        order = seen.order[keep]
+        x = self.project(seen.features[order.clamp(min=0).flatten()]).unflatten(0, order.shape).mean(1)
+
+        newline = order[:, 0] == NEWLINE
+        return torch.where(newline[:, None], self.core.image_newline, x) if bool(newline.any()) else x
+
+
+class Sight(Sense):
+    """What is seen by an eye."""
+
+    eye_of: type[Eye] = Eye
+
+    def __init__(self, model: Any, processor: Any, eye: Eye | None = None) -> None:
+        super().__init__(model, processor)
+        self.eye = eye or self.eye_of(model)
+        self.prefix = self.eye.projector_prefix
+
+    @property
+    def projector(self) -> torch.nn.Module:
+        return self.eye.projector
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.eye.project(x)
+
+    def folded(self) -> dict[str, Tensor]:
+        return {**super().folded(), **self.eye.folded()}
+
+
+class Picture(Sight):
+    """LLaVA-NeXT: thumbnail, crops, newlines; of a scene marked as `thumbnail` only the first view, as LLaVA sees it."""
+
+    def __init__(self, model: Any, processor: Any, eye: Eye | None = None, thumbnail: bool = False) -> None:
+        super().__init__(model, processor, eye)
+        self.thumbnail = thumbnail
+
+    @torch.inference_mode()
+    def see(self, scene: Scene) -> Seen:
+        picture = scene.item
+        if self.thumbnail:
+            order, grid = torch.arange(TOKENS), None
+            views = normalised([picture.convert("RGB").resize((SIDE, SIDE), 3)])  # 3: bicubic, as the processors do
+        else:
+            order, grid = layout(self.model.config, picture.size)
+            views = self.processor.image_processor(images=picture, return_tensors="pt").pixel_values[0]
+        features = torch.cat([self.eye.features(v[None]) for v in views]).flatten(0, 1).half()
+        marks = token_marks(token_boxes(picture.size, grid), scene.marks)
+        shows = (marks[order.clamp(min=0)] >= 0) & (order >= 0)
+        return Seen(features, order[:, None], torch.arange(len(order)), len(order), shows, scene.questions)
+
+
+class Clip(Sight):
+    """LLaVA-OneVision: 64 tokens a frame, each the mean of 2x2, and one newline behind the last frame."""
+
+    kind = "video"
+
+    @torch.inference_mode()
+    def see(self, scene: Scene) -> Seen:
+        frames = scene.item
+        views = normalised([f.convert("RGB").resize((SIDE, SIDE), 3) for f in frames])
+        features = torch.cat([self.eye.features(v[None]) for v in views]).flatten(0, 1).half()
+        cell = torch.arange(len(features)).view(len(frames), GRID // 2, 2, GRID // 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 4)
+        order = torch.cat([cell, torch.full((1, 4), NEWLINE)])
+        boxes = token_boxes(frames[0].size, None).view(GRID // 2, 2, GRID // 2, 2, 4).permute(0, 2, 1, 3, 4).reshape(-1, 4, 4)
+        boxes = torch.cat([boxes[..., :2].amin(1), boxes[..., 2:].amax(1)], -1)
+        shows = [token_marks(boxes, [m for m in scene.marks if m.frame == t]) >= 0 for t in range(len(frames))]
+        return Seen(
+            features,
+            order,
+            torch.arange(len(order)),
+            len(order),
+            torch.cat([*shows, torch.zeros(1, dtype=torch.bool)]),
+            scene.questions,
+        )
+
+
+class Grid(Sight):
+    """Qwen2.5-VL without a merge of patches: the picture's own grid, at (t, h, w) positions."""
+
+    eye_of = QwenEye
+
+    @torch.inference_mode()
+    def see(self, scene: Scene) -> Seen:
+        batch = self.processor.image_processor(images=[scene.item], return_tensors="pt")
+        _, h, w = batch.image_grid_thw[0].tolist()
+        features = self.eye.rows(batch.pixel_values, batch.image_grid_thw).half()  # type: ignore[attr-defined]
+        top, left = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        position = torch.stack([torch.zeros_like(top), top, left]).flatten(1)
+        cell = torch.tensor([scene.item.width / w, scene.item.height / h]).double().repeat(2)
+        boxes = torch.stack([left, top, left + 1, top + 1], -1).flatten(0, 1) * cell
+        shows = token_marks(boxes, scene.marks) >= 0
+        return Seen(features, torch.arange(h * w)[:, None], position, max(h, w), shows, scene.questions)
+
+
+class Sound(Sense):
+    """Qwen2-Audio: 25 tokens a second."""
+
+    kind, prefix = "audio", "model.multi_modal_projector."
+
+    @torch.inference_mode()
+    def see(self, scene: Scene) -> Seen:
+        extract, tower = self.processor.feature_extractor, self.core.audio_tower
+        batch = extract(
+            [scene.item],
+            sampling_rate=extract.sampling_rate,
+            return_attention_mask=True,
+            padding="max_length",
+            return_tensors="pt",
+        )
+        steps, num = tower._get_feat_extract_output_lengths(batch.attention_mask.sum(-1))
+        dtype = next(tower.parameters()).dtype
+        width = batch.input_features.shape[-1] // 2
+        hidden = torch.arange(width)[None] >= steps[:, None]
+        mask = torch.zeros(1, 1, width, width, dtype=dtype).masked_fill(hidden[:, None, None], float("-inf"))
+        features = tower(batch.input_features.to(dtype), attention_mask=mask).last_hidden_state[0, : int(num)]
+        order = torch.arange(len(features))
+        shows = torch.zeros(len(features), dtype=torch.bool)
+        for start, end in (e.seconds for q in scene.questions for e in q.evidence if e.seconds):
+            shows[max(int(start * 25), 0) : int(end * 25) + 1] = True
+        return Seen(features.half(), order[:, None], order, len(order), shows, scene.questions)
+
+
+def hidden(scene: Scene) -> Seen:
+    """A scene whose item nobody looks at."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Seen(torch.zeros(0, 0), nothing[:, None], nothing, 0, nothing.bool(), scene.questions)
+
+
+def store(sense: Sense, task: Task, split: str, n: int, seed: int, folder: Path) -> list[Seen]:
+    """The first n scenes of a split as the model sees them; each is kept as a file of `folder` and computed only once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out: list[Seen] = []
+    for i, scene in enumerate(tqdm(task.scenes(split, n, seed), total=n, desc=f"encode {folder.name}", mininterval=10)):
+        file = folder / f"{i}.safetensors"
+        if not file.is_file():
+            seen = sense.see(scene)
+            tensors = {"features": seen.features, "order": seen.order, "position": seen.position, "shows": seen.shows}
+            save_file({k: v.clone() for k, v in tensors.items()}, file.with_suffix(".part"), {"length": str(seen.length)})
+            file.with_suffix(".part").rename(file)
+        with safe_open(file, "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            out.append(Seen(**tensors, length=int(f.metadata()["length"]), questions=scene.questions))
+    return out

@@ -1,0 +1,224 @@
+"""Training and measuring of the zoo: packed questions against the stock forward, stages that resume, marks and tokens."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmcompress.ask import Question, prepare
+from mmcompress.eval.tasks import Box, Mark, create_task
+from mmcompress.zoo import _build
+from mmcompress.zoo.boxes import layout, token_boxes, token_marks
+from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
+from mmcompress.zoo.image import PINPOINTS
+from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
+from mmcompress.zoo.measure import interval, measure
+from mmcompress.zoo.reader import Reader
+from mmcompress.zoo.recipes import sense_of
+from mmcompress.zoo.see import lesson
+from mmcompress.zoo.sense import hidden, store
+from mmcompress.zoo.train import choose, main
+from mmcompress.zoo.views import TABLES, tables_of, view
+
+ITEM = {"image": "images", "video": "videos", "audio": "audio"}
+
+
+def question(task, scene, prompt):
+    if task.kind == "video":
+        return Question(prompt, videos=[(scene.item, list(range(len(scene.item))), task.fps)])
+    return Question(prompt, **{ITEM[task.kind]: [scene.item]})
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("image", "detail:large"),
+        ("image-single", "relations"),
+        ("video", "video_order"),
+        ("audio", "sound_order"),
+        ("mrope", "relations"),
+    ],
+)
+def test_packed_questions_read_as_the_stock_forward_does(name, task):
+    model, processor = _build(name)
+    of = create_task(task)
+    scene = next(of.scenes("test", 1, 7))
+    if name == "image":
+        scene.item = scene.item.resize((448, 100))
+    reader = Reader(sense_of(name, model, processor))
+    asked = scene.questions[:2]
+    with torch.no_grad():
+        seen = reader.sense.see(scene)
+        packed, right = reader(seen, asked, torch.arange(len(seen.order)))
+        losses = []
+        for q, ok in zip(asked, right, strict=True):
+            inputs = prepare(model, processor, question(of, scene, q.prompt))
+            said = processor.tokenizer(q.answer + "<|im_end|>", return_tensors="pt").input_ids
+            n = said.shape[1]
+            ids = torch.cat([inputs["input_ids"], said], 1)
+            extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            if "mm_token_type_ids" in inputs:
+                extra["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, -n - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), said[0]))
+            assert ok == bool((logits.argmax(-1) == said[0]).all())
+    assert packed.item() == pytest.approx(torch.stack(losses).mean().item(), abs=2e-2)  # features were kept in half precision
+
+
+def test_qwen_patches_are_the_processor_s():
+    _, processor = _build("mrope")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8))
+    batch = processor.image_processor(images=[picture], return_tensors="pt")
+    assert batch.image_grid_thw.tolist() == [[1, 16, 16]]
+    torch.testing.assert_close(patches(normalised([picture])), batch.pixel_values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(448, 448), (448, 384), (512, 640), (300, 900), (1000, 300), (231, 517)])
+def test_layout_is_the_model_s_own_packing(size):
+    from transformers import LlavaNextConfig, LlavaNextModel
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    class Shape:
+        image_grid_pinpoints = PINPOINTS
+        vision_config = type("vision", (), {"image_size": 224, "patch_size": 14})
+
+    order, grid = layout(Shape, size)
+    hw = torch.tensor([[size[1], size[0]]])
+    assert grid == tuple(get_anyres_image_grid_shape((size[1], size[0]), PINPOINTS, 224))
+    rows = torch.arange((1 + grid[0] * grid[1]) * 256, dtype=torch.float64).view(-1, 256, 1)
+    stock = LlavaNextModel.__new__(LlavaNextModel)
+    torch.nn.Module.__init__(stock)
+    stock.config = LlavaNextConfig(
+        vision_config={"model_type": "dinov2", "image_size": 224, "patch_size": 14}, image_grid_pinpoints=PINPOINTS
+    )
+    packed, _ = stock.pack_image_features([rows], hw, "default", torch.tensor([-1.0], dtype=torch.float64))
+    assert torch.equal(packed[0][:, 0].long(), order)
+
+
+def test_tokens_know_which_mark_they_show():
+    boxes = token_boxes((448, 448), (2, 2))
+    assert boxes[0].tolist() == [0, 0, 28, 28] and boxes[256].tolist() == [0, 0, 14, 14]
+    assert boxes[-1].tolist() == [434, 434, 448, 448]
+    label = token_marks(boxes, [Mark(Box(14, 28, 42, 42), "digit", ("7",))])
+    crops = [i - 256 for i in (label == 0).nonzero()[:, 0].tolist() if i >= 256]
+    assert crops == [2 * 16 + 1, 2 * 16 + 2]
+    padded = token_boxes((448, 224), (2, 2))  # as wide as the canvas, half as high: 112 rows of padding above
+    assert padded[256 + 8 * 16].tolist() == [0, 0, 14, 14]
+    assert torch.equal(token_boxes((448, 224), None), padded[:256])
+
+
+def test_views_are_deterministic_and_their_marks_named():
+    (one, marks), (two, again) = view(3, 5), view(3, 5)
+    assert one.tobytes() == two.tobytes() and marks == again and one.size == (224, 224)
+    assert view(3, 6)[0].tobytes() != one.tobytes()
+    assert all(w in TABLES[t] for i in range(30) for m in view(0, i)[1] for t, w in tables_of(m))
+    star = Mark(Box(150, 10, 190, 50), "shape", ("red", "star"))
+    assert tables_of(star) == [(2, "red"), (3, "star"), (4, "right"), (5, "top")]
+    assert tables_of(Mark(Box(100, 100, 124, 124), "digit", ("7",))) == [(0, "7")]
+
+
+@pytest.mark.parametrize("kind", [Eye, QwenEye])
+def test_a_folded_projector_is_the_trained_one(kind):
+    model, _ = _build("image" if kind is Eye else "mrope")
+    eye = kind(model)
+    with torch.no_grad():
+        x = eye.features(normalised([view(0, 0)[0]]))[0].float()
+        eye.mean, eye.std = x.mean(0), x.std(0) + 1e-6
+        expected, folded = eye.project(x), eye.folded()
+        eye.projector.load_state_dict({n.removeprefix(eye.projector_prefix): v for n, v in folded.items()})
+        eye.mean, eye.std = torch.zeros(()), torch.ones(())
+        torch.testing.assert_close(eye.project(x), expected, atol=2e-3, rtol=1e-3)
+
+
+class Toy:
+    """An eye that knows the mark that each token shows, and a language whose words are the axes."""
+
+    def __init__(self, views, vector, mean, wrong=False):
+        self.places = False
+        out = torch.zeros(len(views), 256, len(mean))
+        for b, (_, marks) in enumerate(views):
+            label = token_marks(token_boxes((224, 224), None), marks)
+            for t in (label >= 0).nonzero()[:, 0].tolist():
+                said = [w for k, w in tables_of(marks[label[t]]) if k < 4]
+                out[b, t] = 8 * sum(vector[w] for w in said) * (-1 if wrong else 1)
+        self.out, self.mean = out, mean
+
+    def features(self, pixels):
+        return self.out
+
+    def project(self, x):
+        return x + self.mean
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_lesson_rewards_what_a_token_should_say(wrong):
+    words = sorted({w for t in TABLES for w in t})
+    vector = dict(zip(words, torch.eye(len(words)), strict=True))
+    tables, mean = [torch.stack([vector[w] for w in t]) for t in TABLES], torch.full((len(words),), 0.3)
+    views = [view(1, i) for i in range(4)]
+    loss, right = lesson(
+        Toy(views, vector, mean, wrong), views, token_boxes((224, 224), None), vector, tables, mean, np.random.default_rng(0)
+    )
+    hits = [h for v in right.values() for h in v]
+    assert (np.mean(hits) == 0) if wrong else (np.mean(hits) == 1 and loss < 2.5)
+
+
+def test_a_step_shows_a_share_and_what_is_asked_for():
+    shows = torch.zeros(1000, dtype=torch.bool)
+    shows[100:120] = True
+    seen = hidden(next(create_task("detail").scenes("train", 1)))
+    seen.order, seen.shows = torch.arange(1000)[:, None], shows
+    sizes = [(len(keep), int(shows[keep].sum())) for keep in (choose(seen, 0.1, np.random.default_rng(i)) for i in range(40))]
+    assert 90 < np.mean([n for n, _ in sizes]) < 140 and {20} < {m for _, m in sizes}
+    assert len(choose(seen, 1.0, np.random.default_rng(0))) == 1000
+
+
+def test_training_runs_resumes_and_measures(tmp_path, capsys):
+    """A few steps in two calls, on the cheapest model; the parts load and answer, blind and not."""
+    arguments = ["audio", "--scale", "0.007", "--threads", "1", "--dtype", "float32", "--out", str(tmp_path)]
+    if not create_task("spoken_digits").available():
+        pytest.skip("spoken_digits needs ../shared/data/fsdd")
+    main([*arguments, "--steps", "1"])
+    first = (tmp_path / "answer.json").read_text()
+    main([*arguments, "--steps", "2", "--resume"])
+    assert json.loads(first)["step"] == 1 and json.loads((tmp_path / "answer.json").read_text())["step"] == 2
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["name"] == "audio" and not record["blind"]
+    model, processor = _build("audio", None, tmp_path)
+    got = measure("audio", model, processor, "sound_order", 3, blind=True)
+    assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
+
+
+def test_encoded_scenes_are_kept(tmp_path):
+    model, processor = _build("image-single")
+    sense, task = sense_of("image-single", model, processor), create_task("relations")
+    first = store(sense, task, "train", 2, 0, tmp_path)
+    sense.eye = None  # nothing is computed again
+    again = store(sense, task, "train", 2, 0, tmp_path)
+    assert all(torch.equal(a.features, b.features) and torch.equal(a.shows, b.shows) for a, b in zip(first, again, strict=True))
+    assert [q.prompt for s in first for q in s.questions] == [q.prompt for s in again for q in s.questions]
+
+
+def test_lora_merges_to_the_same_output():
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    state = {f"m.{n}": v.clone() for n, v in base.state_dict().items()}
+    layers = add_lora_(base, torch.Generator().manual_seed(0), rank=3)
+    for layer in layers.values():
+        layer.b.data.normal_()
+    x = torch.randn(3, 6)
+    expected = base(x)
+    merge_lora(state, lora_state(layers, "m."))
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    plain.load_state_dict({n.removeprefix("m."): v for n, v in state.items()})
+    torch.testing.assert_close(plain(x), expected)
+    with pytest.raises(ValueError, match="known weights"):
+        merge_lora({}, lora_state(layers, "m."))
+
+
+def test_interval_widens_when_questions_of_an_item_agree():
+    loose, tied = [[True, False]] * 50, [[True, True], [False, False]] * 25
+    assert interval(loose) == (0.5, 0.5)
+    low, high = interval(tied)
+    assert low < 0.4 and high > 0.6
