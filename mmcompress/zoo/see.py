@@ -87,7 +87,7 @@ def teach(
             if time.time() - saved > 180 or step + 1 == steps:
                 state.save(step + 1)
                 saved = time.time()
-    return layers, line
+    return layers, {**line, "cpu_minutes": state.cpu_minutes}
 
 
 NAMES = ("digit", "word", "colour", "shape", "side", "height")

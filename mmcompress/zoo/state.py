@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -12,12 +13,17 @@ from torch import nn
 
 
 class State:
-    """`save` and `load` of one stage; `path` without a suffix."""
+    """`save` and `load` of one stage; `path` without a suffix. cpu_minutes: processor time of the stage in all calls."""
 
     def __init__(self, path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.path, self.parameters, self.optimizer = path, parameters, optimizer
+        self.before, self.began = 0.0, time.process_time()
 
-    def save(self, step: int, **more: float) -> None:
+    @property
+    def cpu_minutes(self) -> float:
+        return round(self.before + (time.process_time() - self.began) / 60, 1)
+
+    def save(self, step: int) -> None:
         tensors = {f"p{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
         for i, p in enumerate(self.parameters):
             for k, v in self.optimizer.state.get(p, {}).items():
@@ -25,17 +31,19 @@ class State:
         part = self.path.with_suffix(".tmp")
         save_file(tensors, part)
         os.replace(part, self.path.with_suffix(".safetensors"))
-        self.path.with_suffix(".json").write_text(json.dumps({"step": step, **more}))
+        self.path.with_suffix(".json").write_text(json.dumps({"step": step, "cpu_minutes": self.cpu_minutes}))
 
     def load(self) -> int:
-        """Steps done, 0 if nothing was saved; `self.more` holds what else was."""
+        """Steps done, 0 if nothing was saved."""
         file = self.path.with_suffix(".json")
-        self.more = json.loads(file.read_text()) if file.is_file() else {"step": 0}
-        if file.is_file():
-            tensors = load_file(self.path.with_suffix(".safetensors"))
-            for i, p in enumerate(self.parameters):
-                p.data.copy_(tensors[f"p{i}"])
-                moments = {k: tensors[f"{k}.{i}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
-                if moments:
-                    self.optimizer.state[p] = moments
-        return int(self.more["step"])
+        if not file.is_file():
+            return 0
+        saved = json.loads(file.read_text())
+        self.before = saved.get("cpu_minutes", 0.0)
+        tensors = load_file(self.path.with_suffix(".safetensors"))
+        for i, p in enumerate(self.parameters):
+            p.data.copy_(tensors[f"p{i}"])
+            moments = {k: tensors[f"{k}.{i}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
+            if moments:
+                self.optimizer.state[p] = moments
+        return int(saved["step"])

@@ -90,7 +90,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     dtype = fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     model, processor = _build(args.name, args.cache_dir)
     model.requires_grad_(False)
-    out, began = args.out, time.time()
+    out = args.out
     report: dict[str, Any] = {}
     main_sense: Any = sense_of(args.name, model, processor)
     if not args.blind and (recipe.see or recipe.tower):
@@ -115,8 +115,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         return
     steps = args.steps or recipe.answer
     layers = add_lora_(model.model.language_model, torch.Generator().manual_seed(args.seed))
-    steps_done = _answer(args, recipe, senses, scenes, layers, steps, report)
-    _export(args, main_sense, layers, steps_done, report, time.time() - began)
+    _answer(args, recipe, senses, scenes, layers, steps, report)
+    _export(args, main_sense, layers, report)
 
 
 def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dtype) -> dict[str, float]:
@@ -146,7 +146,7 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
     return {"steps": steps, **line}
 
 
-def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]], layers, steps: int, report: dict) -> int:
+def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]], layers, steps: int, report: dict) -> None:
     """Last stage: projector and LoRA, in place."""
     visual = list(senses[0].trained.values())
     lora = [p for m in layers.values() for p in (m.a, m.b)]
@@ -185,14 +185,13 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
             bar.set_postfix_str(f"loss={line['loss']}")
             log.write(json.dumps({"stage": "answer", "step": step + 1, **line}) + "\n")
             log.flush()
-            report["answer"], stats = {"steps": steps, **line}, {}
+            report["answer"], stats = {"steps": steps, "cpu_minutes": state.cpu_minutes, **line}, {}
         if time.time() - saved > 180 or step + 1 == steps:
             state.save(step + 1)
             saved = time.time()
-    return steps
 
 
-def _export(args, sense: Sense, layers, steps: int, report: dict, elapsed: float) -> None:
+def _export(args: argparse.Namespace, sense: Sense, layers: Any, report: dict) -> None:
     """The parts as they ship: float16, the features' scale folded into the projector."""
     out: Path = args.out
     save_file({k: v.half().contiguous() for k, v in sense.folded().items()}, out / "projector.safetensors")
@@ -205,7 +204,6 @@ def _export(args, sense: Sense, layers, steps: int, report: dict, elapsed: float
         "seed": args.seed,
         "scale": args.scale,
         **report,
-        "minutes_of_last_call": round(elapsed / 60, 1),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},

