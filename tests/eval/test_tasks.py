@@ -11,6 +11,7 @@ from mmcompress.eval.tasks import (
     EasyVQA,
     Relations,
     SoundOrder,
+    SpokenDigits,
     VideoEvent,
     VideoOrder,
     create_task,
@@ -21,7 +22,19 @@ from mmcompress.eval.tasks.easy_vqa import _facts
 
 GENERATED = (Detail("mixed"), Relations(), Document(), VideoOrder(), VideoEvent(), SoundOrder())
 """Tasks whose answers are drawn."""
-ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), *GENERATED)
+FROM_DATA = (SpokenDigits(), SpokenDigits("unseen"))
+"""Tasks that need ../shared/data; skipped where it is absent."""
+ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), *GENERATED, *FROM_DATA)
+
+
+@pytest.fixture
+def task(request):
+    """A task whose data is here."""
+    try:
+        request.param.scene("train", 0, 0)
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+    return request.param
 
 
 def name(task) -> str:
@@ -39,7 +52,7 @@ def same(a, b) -> bool:
     ) == content(b.item)
 
 
-@pytest.mark.parametrize("task", ALL, ids=name)
+@pytest.mark.parametrize("task", ALL, ids=name, indirect=True)
 def test_samples_are_deterministic_and_differ_by_seed_and_split(task):
     first, again, other, train = (
         task.samples(*key) for key in (("test", 6, 1), ("test", 6, 1), ("test", 6, 2), ("train", 6, 1))
@@ -49,7 +62,7 @@ def test_samples_are_deterministic_and_differ_by_seed_and_split(task):
     assert not all(same(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("task", ALL, ids=name)
+@pytest.mark.parametrize("task", ALL, ids=name, indirect=True)
 @pytest.mark.parametrize("split", SPLITS)
 def test_evidence_lies_inside_the_item_and_answers_score(task, split):
     for s in task.samples(split, 12, 3):
@@ -69,7 +82,7 @@ def test_evidence_lies_inside_the_item_and_answers_score(task, split):
         assert not task.score(s, "nothing of the kind") and s.topic
 
 
-@pytest.mark.parametrize("task", GENERATED, ids=name)
+@pytest.mark.parametrize("task", (*GENERATED, *FROM_DATA), ids=name, indirect=True)
 def test_a_blind_guess_stays_near_chance(task):
     """The best fixed answer to a prompt of another seed, and to a topic of this one, are right as rarely as `chance` says."""
     asked, known = task.samples("test", 300, 11), task.samples("train", 300, 12)
@@ -153,6 +166,7 @@ def test_easy_vqa_facts():
     [
         (lambda: create_task("detial"), "did you mean 'detail'"),
         (lambda: Detail("huge"), "size must be one of"),
+        (lambda: SpokenDigits("all"), "speakers must be one of"),
         (lambda: Detail().samples("validation", 3), "split must be one of"),
         (lambda: EasyVQA().samples("test", 0), "n must be"),
     ],
@@ -160,6 +174,12 @@ def test_easy_vqa_facts():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("task", FROM_DATA, ids=name)
+def test_missing_data_is_named(task, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"the task {task.name} needs .*shared/data"):
+        type(task)(data=tmp_path).scene("train", 0, 0)
 
 
 def test_what_follows_a_colon_is_the_main_setting():

@@ -6,6 +6,7 @@ import difflib
 
 from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Sample, Scene, Task, normalise
 from mmcompress.eval.tasks.detail import Detail
+from mmcompress.eval.tasks.digits import SpokenDigits
 from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
@@ -27,6 +28,7 @@ __all__ = [
     "Sample",
     "Scene",
     "SoundOrder",
+    "SpokenDigits",
     "Task",
     "VideoEvent",
     "VideoOrder",
@@ -36,8 +38,11 @@ __all__ = [
     "photo_paths",
 ]
 
-TASKS: dict[str, type[Task]] = {t.name: t for t in (EasyVQA, Detail, Relations, Document, VideoOrder, VideoEvent, SoundOrder)}
-"""name -> class; one line a task."""
+_PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document)
+_CLIPS: tuple[type[Task], ...] = (VideoOrder, VideoEvent)
+_RECORDINGS: tuple[type[Task], ...] = (SoundOrder, SpokenDigits)
+TASKS: dict[str, type[Task]] = {t.name: t for t in (*_PICTURES, *_CLIPS, *_RECORDINGS)}
+"""name -> class."""
 
 
 def list_tasks(kind: str | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,6 +152,19 @@ def check(split: str, n: int) -> None:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+
+
+def folder_of(task: Task, name: str, data: str | Path | None, part: str) -> Path:
+    """The folder of a data set: `data` if given, else ../shared/data/name seen from the repository or the current directory.
+
+    Raises FileNotFoundError where `part` (a path in it) is absent.
+    """
+    roots = [Path(__file__).resolve().parents[4], Path.cwd().parent]
+    folders = [Path(data)] if data is not None else [root / "shared" / "data" / name for root in roots]
+    for folder in folders:
+        if (folder / part).exists():
+            return folder
+    raise FileNotFoundError(f"the task {task.name} needs {task.needs}; not found: {folders[0] / part}")
 
 
 def rng_of(*key: int) -> np.random.Generator:
