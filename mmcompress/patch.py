@@ -77,16 +77,15 @@ def _install(model: Any, compressor: Compressor) -> Seam:
     if not isinstance(compressor, Compressor):
         raise TypeError(f"compressor must be a Compressor such as mmcompress.create('k_center'), got {compressor!r}")
     from mmcompress.models import family
-    from mmcompress.models.seam import Seam
     from mmcompress.models.wrap import is_compiled
 
     if hasattr(model, "_orig_mod") or (hasattr(model, "modules") and is_compiled(model)):
         raise ValueError(
             "model must not be compiled yet: install the compressor first and compile then (or load the model anew)"
         )
-    family(model)
+    adapter = family(model)
     if (other := _seam(model)) is not None:
         raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
-    seam = Seam(model, compressor)
+    seam = adapter.seam(model, compressor)
     seam.install()
     return seam

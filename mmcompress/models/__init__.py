@@ -11,6 +11,7 @@ ADAPTERS = {
     "llava_next": "llava_next.LlavaNext",
     "qwen2_5_vl": "qwen2_5_vl.Qwen2_5VL",
     "qwen2_audio": "qwen2_audio.Qwen2Audio",
+    "whisper": "whisper.Whisper",
 }
 """config.model_type -> the adapter's place in this package."""
 

@@ -88,6 +88,13 @@ class Family:
         self.text: Any = next((c for n in names if isinstance(c := getattr(self.core, n, None), nn.Module)), None)
         self.layers: Any = getattr(self.text, "layers", None)
 
+    @property
+    def seam(self) -> Any:
+        """The class of the seam that fits these models."""
+        from mmcompress.models.seam import Seam
+
+        return Seam
+
     # parts
 
     def placeholder(self, kind: str) -> int:

@@ -26,11 +26,11 @@ from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals import BACKENDS, last_block, watch
 from mmcompress.models.wrap import Wrapper, base_model
 
-OFFERED_ANYWHERE = ("text",)
-
 
 class Seam:
     """A compressor installed in one model. Use `compress_`, `restore_` or `with compressor(model)`."""
+
+    anywhere: tuple[str, ...] = ("text",)  # signals that every place offers
 
     def __init__(self, model: Any, compressor: Compressor):
         self.model: Any = base_model(model)
@@ -89,7 +89,7 @@ class Seam:
         return at
 
     def resolve(self, name: str, wanted: str, layer: int) -> str:
-        offered = (*self.family.signals(), *OFFERED_ANYWHERE, *(ATTENTION if layer else ()))
+        offered = (*self.family.signals(), *self.anywhere, *(ATTENTION if layer else ()))
         for one in wanted.split("|"):
             if one in offered or not one:  # "a|": without a, nothing
                 return one
