@@ -117,8 +117,11 @@ def page(name: str, card: dict[str, Any]) -> str:
         topics = ", ".join(f"{k} {100 * v:.0f} %" for k, v in got["by_topic"].items()) or "–"
         chance = f"{100 * card['chance'][task]:.1f} %"
         interval = f"{100 * low:.1f} to {100 * high:.1f} %"
-        rows.append([task, f"{100 * got['accuracy']:.1f} %", interval, none, chance, f"{got['n']} / {got['items']}", topics])
-    head = ["task (test split)", "accuracy", "95 % interval", "blind-trained", "chance", "questions / items", "by topic"]
+        tenth = [f"{100 * card[k][task]['accuracy']:.1f} %" if k in card else "–" for k in ("random", "evidence")]
+        shown = [f"{100 * got['accuracy']:.1f} %", interval, none, chance, *tenth]
+        rows.append([task, *shown, f"{got['n']} / {got['items']}", topics])
+    head = ["task (test split)", "accuracy", "95 % interval", "blind-trained", "chance", "a tenth of the tokens, random"]
+    head += ["a tenth, the answer's first", "questions / items", "by topic"]
     return (
         "\n\n".join(
             [

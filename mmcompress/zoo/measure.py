@@ -19,32 +19,59 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mmcompress.compressor import num_kept
 from mmcompress.eval.tasks import create_task
 from mmcompress.zoo import _build, parts_dir
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, TASKS, sense_of
-from mmcompress.zoo.sense import hidden
+from mmcompress.zoo.sense import NEWLINE, Seen, hidden
 from mmcompress.zoo.wheels import WHEELS
 
 FILES = ("tower.safetensors", "projector.safetensors", "lora.safetensors")
+TENTH = 0.1
+"""Share of the tokens in two more measurements: drawn at random, and those that show the answer before others."""
+
+
+def kept(seen: Seen, keep_ratio: float, rng: np.random.Generator, evidence: bool) -> torch.Tensor:
+    """Tokens that are left of an item, ascending: a random share, or first those that show what is asked for; newlines stay."""
+    newline = seen.order[:, 0] == NEWLINE
+    tokens = (~newline).nonzero()[:, 0]
+    order = torch.from_numpy(rng.permutation(len(tokens)))
+    if evidence:
+        order = order[torch.argsort(~seen.shows[tokens[order]], stable=True)]
+    chosen = tokens[order[: num_kept(len(tokens), keep_ratio)]]
+    return torch.cat([chosen, newline.nonzero()[:, 0]]).sort().values
 
 
 @torch.inference_mode()
 def measure(
-    name: str, model: Any, processor: Any, task: str, n: int, seed: int = 0, split: str = "test", blind: bool = False
+    name: str,
+    model: Any,
+    processor: Any,
+    task: str,
+    n: int,
+    seed: int = 0,
+    split: str = "test",
+    blind: bool = False,
+    keep_ratio: float = 1.0,
+    evidence: bool = False,
 ) -> dict:
     """Accuracy (ratio), its 95 % bootstrap interval over items, the number of questions (at least n where the split has as
-    many) and of items, and accuracy by topic."""
-    rows: list[list[bool]] = []
-    topics: dict[str, list[bool]] = {}
-    of, made = create_task(task), 0
+    many) and of items, and accuracy by topic.
+
+    keep_ratio: share of the tokens that is left, drawn at random or, with `evidence`, first those that show what is asked for.
+    """
+    of = create_task(task)
     if name == "asr":
         return transcribe(model, processor, of, n, seed)
     reader = Reader(sense_of(name, model, processor))
+    rows: list[list[bool]] = []
+    topics: dict[str, list[bool]] = {}
+    rng, made = np.random.default_rng(seed), 0
     with tqdm(total=n, desc=task + (" blind" if blind else ""), mininterval=10) as bar:
         for scene in of.scenes(split, n, seed):
             seen = hidden(scene) if blind else reader.sense.see(scene)
-            _, right = reader(seen, seen.questions, None if blind else torch.arange(len(seen.order)))
+            _, right = reader(seen, seen.questions, None if blind else kept(seen, keep_ratio, rng, evidence))
             rows.append(right)
             for question, ok in zip(seen.questions, right, strict=True):
                 topics.setdefault(question.topic, []).append(ok)
@@ -52,11 +79,16 @@ def measure(
             bar.update(len(right))
             if made >= n:
                 break
-    low, high = interval(rows, seed)
+    return summary(rows, seed, topics)
+
+
+def summary(rows: list[list[Any]], seed: int, topics: dict[str, list[bool]]) -> dict:
+    """The figures of `measure` from the scores of each item's questions."""
+    flat = [float(score) for r in rows for score in r]
     return {
-        "accuracy": round(float(np.mean([ok for r in rows for ok in r])), 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "n": made,
+        "accuracy": round(float(np.mean(flat)), 4),
+        "interval": [round(x, 4) for x in interval(rows, seed)],
+        "n": len(flat),
         "items": len(rows),
         "by_topic": {k: round(float(np.mean(v)), 4) for k, v in sorted(topics.items())},
     }
@@ -71,15 +103,7 @@ def transcribe(model: Any, processor: Any, task: Any, n: int, seed: int) -> dict
     for sample in task.samples("test", n, seed):
         inputs = prepare(model, processor, Question(sample.prompt, audio=[sample.item]))
         scores.append([float(task.score(sample, ask(model, processor, inputs, create("none"), 200).text))])
-    low, high = interval(scores, seed)
-    mean = round(float(np.mean(scores)), 4)
-    return {
-        "accuracy": mean,
-        "interval": [round(low, 4), round(high, 4)],
-        "n": len(scores),
-        "items": len(scores),
-        "by_topic": {},
-    }
+    return summary(scores, seed, {})
 
 
 def interval(rows: list[list[Any]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -107,11 +131,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.name} needs RUN and BLIND_RUN")
     folder = parts_dir(args.name)
     folder.mkdir(parents=True, exist_ok=True)
-    card: dict[str, Any] = {"measured": _measured(args, args.run, blind=False)}
+    card: dict[str, Any] = {"measured": _measured(args, args.run)}
     if needs:
         card["trained"] = json.loads((args.run / "run.json").read_text())
         card["trained_blind"] = json.loads((args.blind_run / "run.json").read_text())
         card["blind"] = _measured(args, args.blind_run, blind=True)
+        for kind in ("random", "evidence"):
+            card[kind] = _measured(args, args.run, keep_ratio=TENTH, evidence=kind == "evidence")
         for file in FILES:
             if (args.run / file).is_file():
                 shutil.copyfile(args.run / file, folder / file)
@@ -134,15 +160,16 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _measured(args: argparse.Namespace, run: Path | None, blind: bool) -> dict[str, dict]:
-    """All tasks; what the run's measured.json already holds is not measured again."""
-    file = None if run is None else run / f"measured-{args.name}.json"
+def _measured(args: argparse.Namespace, run: Path | None, **how: Any) -> dict[str, dict]:
+    """All tasks; what the run's file of this name already holds is not measured again."""
+    label = "-".join([args.name, *(f"{k}_{v}" for k, v in how.items())])
+    file = None if run is None else run / f"measured-{label}.json"
     found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     model, processor = _build(args.name, None, run)
     model.to(getattr(torch, args.dtype))
     for task in TASKS[args.name]:
         if task not in found:
-            found[task] = measure(args.name, model, processor, task, args.n, args.seed, blind=blind)
+            found[task] = measure(args.name, model, processor, task, args.n, args.seed, **how)
             if file is not None:
                 file.write_text(json.dumps(found, indent=1) + "\n")
     return {t: found[t] for t in TASKS[args.name]}
