@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mmcompress.compressor import num_kept
-from mmcompress.eval.tasks import create_task
+from mmcompress.eval.tasks import Task, create_task
 from mmcompress.zoo import _build, parts_dir
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, TASKS, sense_of
@@ -43,43 +43,44 @@ def kept(seen: Seen, keep_ratio: float, rng: np.random.Generator, evidence: bool
     return torch.cat([chosen, newline.nonzero()[:, 0]]).sort().values
 
 
+def look(reader: Reader, task: Task, n: int, seed: int, split: str = "test", blind: bool = False) -> list[Seen]:
+    """Items of a split as the model sees them, until they hold n questions."""
+    out, made = [], 0
+    with torch.inference_mode(), tqdm(total=n, desc=f"look at {task.name}", mininterval=10, disable=blind) as bar:
+        for scene in task.scenes(split, n, seed):
+            out.append(hidden(scene) if blind else reader.sense.see(scene))
+            made += len(scene.questions)
+            bar.update(len(scene.questions))
+            if made >= n:
+                break
+    return out
+
+
 @torch.inference_mode()
-def measure(
-    name: str,
-    model: Any,
-    processor: Any,
-    task: str,
-    n: int,
-    seed: int = 0,
-    split: str = "test",
-    blind: bool = False,
-    keep_ratio: float = 1.0,
-    evidence: bool = False,
-) -> dict:
-    """Accuracy (ratio), its 95 % bootstrap interval over items, the number of questions (at least n where the split has as
-    many) and of items, and accuracy by topic.
+def answer(reader: Reader, items: list[Seen], seed: int, keep_ratio: float = 1.0, evidence: bool = False) -> dict:
+    """Accuracy (ratio), its 95 % bootstrap interval over items, the numbers of questions and items, and accuracy by topic.
 
     keep_ratio: share of the tokens that is left, drawn at random or, with `evidence`, first those that show what is asked for.
     """
+    rng = np.random.default_rng(seed)
+    rows: list[list[bool]] = []
+    topics: dict[str, list[bool]] = {}
+    for seen in tqdm(items, desc="answer", mininterval=10):
+        keep = kept(seen, keep_ratio, rng, evidence) if seen.length else None
+        _, right = reader(seen, seen.questions, keep)
+        rows.append(right)
+        for question, ok in zip(seen.questions, right, strict=True):
+            topics.setdefault(question.topic, []).append(ok)
+    return summary(rows, seed, topics)
+
+
+def measure(name: str, model: Any, processor: Any, task: str, n: int, seed: int = 0, blind: bool = False) -> dict:
+    """`answer` for at least n test questions of a task (fewer where the split ends), with all tokens or with none."""
     of = create_task(task)
     if name == "asr":
         return transcribe(model, processor, of, n, seed)
     reader = Reader(sense_of(name, model, processor))
-    rows: list[list[bool]] = []
-    topics: dict[str, list[bool]] = {}
-    rng, made = np.random.default_rng(seed), 0
-    with tqdm(total=n, desc=task + (" blind" if blind else ""), mininterval=10) as bar:
-        for scene in of.scenes(split, n, seed):
-            seen = hidden(scene) if blind else reader.sense.see(scene)
-            _, right = reader(seen, seen.questions, None if blind else kept(seen, keep_ratio, rng, evidence))
-            rows.append(right)
-            for question, ok in zip(seen.questions, right, strict=True):
-                topics.setdefault(question.topic, []).append(ok)
-            made += len(right)
-            bar.update(len(right))
-            if made >= n:
-                break
-    return summary(rows, seed, topics)
+    return answer(reader, look(reader, of, n, seed, blind=blind), seed)
 
 
 def summary(rows: list[list[Any]], seed: int, topics: dict[str, list[bool]]) -> dict:
@@ -131,15 +132,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.name} needs RUN and BLIND_RUN")
     folder = parts_dir(args.name)
     folder.mkdir(parents=True, exist_ok=True)
-    card: dict[str, Any] = {"measured": _measured(args, args.run)}
+    card: dict[str, Any] = _measured(args, args.run, blind=False)
     if needs:
         card["trained"] = json.loads((args.run / "run.json").read_text())
         card["trained_blind"] = json.loads((args.blind_run / "run.json").read_text())
-        card["blind"] = _measured(args, args.blind_run, blind=True)
-        for kind in ("random", "evidence"):
-            card[kind] = _measured(args, args.run, keep_ratio=TENTH, evidence=kind == "evidence")
+        card["blind"] = _measured(args, args.blind_run, blind=True)["measured"]
         for file in FILES:
-            if (args.run / file).is_file():
+            if args.name == folder.name and (args.run / file).is_file():
                 shutil.copyfile(args.run / file, folder / file)
     tasks = TASKS[args.name]
     card |= {
@@ -160,19 +159,28 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _measured(args: argparse.Namespace, run: Path | None, **how: Any) -> dict[str, dict]:
-    """All tasks; what the run's file of this name already holds is not measured again."""
-    label = "-".join([args.name, *(f"{k}_{v}" for k, v in how.items())])
-    file = None if run is None else run / f"measured-{label}.json"
-    found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+def _measured(args: argparse.Namespace, run: Path | None, blind: bool) -> dict[str, dict[str, dict]]:
+    """Of all tasks: "measured", and with a tenth of the tokens "random" and "evidence"; kept in the run's folder, done once."""
+    file = None if run is None else run / f"measured-{args.name}.json"
+    found: dict[str, dict[str, dict]] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     model, processor = _build(args.name, None, run)
     model.to(getattr(torch, args.dtype))
     for task in TASKS[args.name]:
-        if task not in found:
-            found[task] = measure(args.name, model, processor, task, args.n, args.seed, **how)
-            if file is not None:
-                file.write_text(json.dumps(found, indent=1) + "\n")
-    return {t: found[t] for t in TASKS[args.name]}
+        if task in found.get("measured", {}):
+            continue
+        if blind or args.name == "asr":
+            got = {"measured": measure(args.name, model, processor, task, args.n, args.seed, blind)}
+        else:
+            reader = Reader(sense_of(args.name, model, processor))
+            items = look(reader, create_task(task), args.n, args.seed)
+            got = {"measured": answer(reader, items, args.seed)}
+            for how in ("random", "evidence"):
+                got[how] = answer(reader, items, args.seed, TENTH, how == "evidence")
+        for how, figures in got.items():
+            found.setdefault(how, {})[task] = figures
+        if file is not None:
+            file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -36,24 +36,24 @@ class Recipe:
 
 RECIPES = {
     "image": Recipe(
-        see=800,
-        answer=800,
+        see=620,
+        answer=650,
         sources=(
-            Source("detail", 360, 0.32),
-            Source("relations", 160, 0.12),
-            Source("document", 320, 0.26),
-            Source("easy_vqa", 80, 0.06),
-            Source("relations", 500, 0.16, thumbnail=True),
-            Source("easy_vqa", 250, 0.08, thumbnail=True),
+            Source("detail", 300, 0.32),
+            Source("relations", 110, 0.12),
+            Source("document", 240, 0.26),
+            Source("easy_vqa", 60, 0.06),
+            Source("relations", 400, 0.16, thumbnail=True),
+            Source("easy_vqa", 200, 0.08, thumbnail=True),
         ),
     ),
     "video": Recipe(
         tower="image",
         answer=500,
-        sources=(Source("video_order", 300, 0.45), Source("video_event", 400, 0.55)),
+        sources=(Source("video_order", 150, 0.42), Source("video_event", 220, 0.58)),
     ),
     "audio": Recipe(
-        sources=(Source("spoken_digits", 700, 0.5), Source("sound_order", 300, 0.5)),
+        sources=(Source("spoken_digits", 380, 0.5), Source("sound_order", 160, 0.5)),
         answer=400,
         rates=(1e-3, 8e-4),
     ),
