@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from mmcompress.eval.evidence import SHOWS, shown
 from mmcompress.eval.tasks.base import Mark
 
 SIDE, PATCH = 16, 14  # tokens per side of a view, pixels per side of a token
@@ -35,15 +36,10 @@ def token_boxes(size: tuple[int, int], grid: tuple[int, int] | None) -> torch.Te
 def token_marks(boxes: torch.Tensor, marks: list[Mark]) -> torch.Tensor:
     """Index of the mark that covers at least a third of a token, or half of which lies in it; -1 where there is none."""
     best, label = torch.full((len(boxes),), 0.0).double(), torch.full((len(boxes),), -1)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for j, mark in enumerate(marks):
-        left, top, right, bottom = mark.box
-        w = (boxes[:, 2].clamp(max=right) - boxes[:, 0].clamp(min=left)).clamp(min=0)
-        h = (boxes[:, 3].clamp(max=bottom) - boxes[:, 1].clamp(min=top)).clamp(min=0)
-        inside = w * h
-        shown = torch.maximum(inside / area, inside / ((right - left) * (bottom - top)) * (2 / 3))
-        hit = (shown >= 1 / 3) & (shown > best)
-        best, label = torch.where(hit, shown, best), torch.where(hit, j, label)
+        share = shown(boxes, mark.box)
+        hit = (share >= SHOWS) & (share > best)
+        best, label = torch.where(hit, share, best), torch.where(hit, j, label)
     return label
 
 
