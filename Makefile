@@ -35,7 +35,7 @@ sanitize: setup   ## the CPU operators' tests under the address and undefined-be
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	  tests/ops/test_hand_examples.py tests/ops/test_ops_decisions.py tests/ops/test_ops_errors.py tests/ops/test_ops_properties.py
 
-demo: setup       ## questions about real pictures, uncompressed and compressed; writes demo/index.html
+demo: setup       ## questions about pictures, clips and recordings, uncompressed and compressed; writes demo/index.html
 	$(BIN)/mmcompress demo --out demo
 
 test: setup       ## the whole test suite

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import Ledger
@@ -161,14 +163,16 @@ def check_kinds(compressor: Compressor, kinds: Sequence[str]) -> None:
         raise ValueError(f"{names} compresses {' and '.join(known)} only, got {' and '.join(kinds)}")
 
 
-def seen(processor: Any, media: Any, layout: Layout) -> Any:
+def seen(processor: Any, media: Any, layout: Layout, inputs: Mapping[str, Any]) -> Any:
     """What a model sees or hears of a picture, a clip (a sequence of pictures) or a recording (mono waveform).
 
-    A processor that crops to the centre cuts the rest of a picture away, but for the crops of an AnyRes image; one that hears a
-    fixed window cuts a longer recording.
+    A processor that crops to the centre cuts the rest of a picture away, but for the crops of an AnyRes image; one with a
+    window cuts a longer recording. inputs (of `prepare`): without a mask of the recording, silence fills the window up.
     """
     if layout.kind == "audio":
-        return media[: getattr(processor.feature_extractor, "n_samples", None)]
+        window = getattr(processor.feature_extractor, "n_samples", len(media))
+        silence = max(0, window - len(media)) if "feature_attention_mask" not in inputs else 0
+        return np.pad(media[:window], (0, silence))
     if layout.kind == "video":
         return [_centre(getattr(processor, "video_processor", None), frame) for frame in media]
     return media if layout.crops else _centre(getattr(processor, "image_processor", None), media)

@@ -306,7 +306,7 @@ def _inspect(args: argparse.Namespace) -> None:
         progress(f"asking with {name}")
         answer = ask(model, processor, inputs, compressor, 1)
         item = answer.items[0]
-        pictures = viz.backdrops(seen(processor, media, item.layout), item.layout, sampling_rate(processor))
+        pictures = viz.backdrops(seen(processor, media, item.layout, inputs), item.layout, sampling_rate(processor))
         ratio = f"keep_ratio {compressor.keep_ratio:g} · " if getattr(compressor, "has_ratio", True) else ""
         sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", ratio + viz.describe(item))
         path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{name}.png"

@@ -276,7 +276,7 @@ def _part(section: Section, model: Any, processor: Any, todo: list[tuple[Task, S
             answer = ask(model, processor, inputs, setting.make(), MAX_NEW_TOKENS)
             ledger, item = answer.ledger, answer.items[0]
             if not asked.runs:
-                asked.pictures, asked.evidence = _shown(processor, task, sample, item.layout)
+                asked.pictures, asked.evidence = _shown(processor, task, sample, item.layout, inputs)
             asked.runs.append(
                 Run(
                     setting=setting,
@@ -311,23 +311,25 @@ def question(task: Task, sample: Sample) -> Any:
     return Question(sample.prompt, videos=[(frames, list(range(len(frames))), task.fps)])
 
 
-def _shown(processor: Any, task: Task, sample: Sample, layout: Layout) -> tuple[list[Image.Image], list[Spot]]:
+def _shown(
+    processor: Any, task: Task, sample: Sample, layout: Layout, inputs: dict[str, Any]
+) -> tuple[list[Image.Image], list[Spot]]:
     """The pictures under the views of a sample's item, and the spots of its evidence on them."""
     from mmcompress.ask import seen
     from mmcompress.viz import HOP, backdrops, frames_per_step
 
-    pictures = backdrops(seen(processor, sample.item, layout), layout, task.sampling_rate)
+    pictures = backdrops(seen(processor, sample.item, layout, inputs), layout, task.sampling_rate)
     spots = []
     for e in sample.evidence:
         if e.seconds is not None:
             start, end = (seconds / HOP for seconds in e.seconds)
             spots.append(Spot(0, (start, 0, min(end, pictures[0].width), pictures[0].height)))
         elif e.frames is not None:
-            per_step = frames_per_step(len(sample.item), layout)
-            spots += [Spot(i, e.box) for i in dict.fromkeys(f // per_step for f in range(*e.frames))]
+            per_step = frames_per_step(len(sample.item), layout)  # only the first frame of a step is shown
+            spots += [Spot(f // per_step, None if f % per_step else e.box) for f in range(*e.frames)]
         elif e.box is not None:
             spots += [Spot(i, e.box) for i in range(len(pictures))]
-    return pictures, spots
+    return pictures, list(dict.fromkeys(spots))
 
 
 HEADERS = ["setting", "answer", "", "kept/in", "sequence", "KV MiB", "prefill GFLOP", "prefill ms"]

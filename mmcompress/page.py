@@ -119,7 +119,7 @@ def section(part: Part, first: int, ratios: list[float]) -> str:
 <h2>{escape(part.section.title)}</h2>
 <p>{escape(part.section.model)} reads a {one} as about {part.mean(control, "tokens_in"):,.0f} tokens.
 <span class="muted">✓ right, ✗ wrong; a mark leads to its question. The numbers are means over the questions.</span></p>
-<div class="scroll">{glance(part, first)}</div>
+<div class="scroll">{glance(part, first, ratios)}</div>
 {skipped}
 <p class="muted">{NOTES[part.asked[0].kind]}</p>
 {articles}
@@ -145,7 +145,7 @@ def facts(part: Part, ratios: list[float]) -> str:
     return f'<div class="fact"><span>{escape(part.section.title)}</span><b>{escape(big)}</b>{items}</div>'
 
 
-def glance(part: Part, first: int) -> str:
+def glance(part: Part, first: int, ratios: list[float]) -> str:
     """One row per setting, in groups of one ratio: a mark per question, and the means."""
     control = part.settings[0]
     head = "".join(f'<th class="q"><a href="#q{first + i + 1}">{first + i + 1}</a></th>' for i in range(len(part.asked)))
@@ -155,15 +155,15 @@ def glance(part: Part, first: int) -> str:
         if s.ratio != group and s != control:
             group = s.ratio
             title = "by a rule of their own" if s.ratio is None else f"keep {100 * s.ratio:g} %"
-            body.append(f'<tr class="group"><th colspan="{columns}" scope="rowgroup">{title}</th></tr>')
-        body.append(glance_row(part, s, control, first))
+            body.append(f'<tr class="group{only(s, ratios)}"><th colspan="{columns}" scope="rowgroup">{title}</th></tr>')
+        body.append(glance_row(part, s, control, first, only(s, ratios)))
     return (
         f'<table class="glance"><thead><tr><th>method</th>{head}<th>right</th><th>kept</th><th>sequence</th><th>KV MiB</th>'
         f"<th>GFLOP</th><th>prefill ms</th></tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 
 
-def glance_row(part: Part, setting: Setting, control: Setting, first: int) -> str:
+def glance_row(part: Part, setting: Setting, control: Setting, first: int, group: str) -> str:
     marks = "".join(
         f'<td class="mark"><a class="{"right" if r.correct else "wrong"}" href="#q{first + i + 1}" '
         f'title="{escape(r.answer or "(nothing)", quote=True)}">{mark(r)}</a></td>'
@@ -175,7 +175,7 @@ def glance_row(part: Part, setting: Setting, control: Setting, first: int) -> st
     bars = "".join(bar(show(v := part.mean(setting, name)), v / part.mean(control, name)) for name, show in columns)
     name = "uncompressed" if setting == control else setting.method
     return (
-        f'<tr class="{"control" if setting == control else ""}"><th scope="row">{escape(name)}</th>{marks}'
+        f'<tr class="{"control" if setting == control else group}"><th scope="row">{escape(name)}</th>{marks}'
         f"<td><b>{part.num_correct(setting)}</b></td><td>{kept}</td>{bars}</tr>"
     )
 
@@ -195,13 +195,18 @@ def choice(ratios: list[float]) -> str:
     return f'<span class="choice">{buttons}</span>'
 
 
+def only(setting: Setting, ratios: list[float]) -> str:
+    """The class of what is shown with one of the two buttons."""
+    return f" ratio-{'ab'[ratios.index(setting.ratio)]}" if setting.ratio in ratios[:2] else ""
+
+
 def article(i: int, asked: Asked, ratios: list[float]) -> str:
     """A question with its item and one tile per run."""
     control, rest = asked.runs[0], asked.runs[1:]
     shown = [frame(i, j, asked, f"{ITEMS[asked.kind][0]} of question {i + 1}") for j in range(len(asked.pictures))]
     tiles = "\n".join(tile(i, asked, run, ratios) for run in rest)
     cost = f"{control.sequence:,.0f} rows, {mib(control.kv_bytes)} MiB of KV cache, {gflop(control.flops)} GFLOP"
-    return f"""<article id="q{i + 1}" class="{asked.kind}">
+    return f"""<article id="q{i + 1}" class="{asked.kind}" style="--strip: {min(8, len(asked.pictures))}">
 <div class="ask">
 <figure class="views">{"".join(shown)}</figure>
 <div><div class="number">Question {i + 1} · {escape(asked.task)}</div><h3>{escape(asked.prompt)}</h3>
@@ -215,8 +220,6 @@ def article(i: int, asked: Asked, ratios: list[float]) -> str:
 
 def tile(i: int, asked: Asked, run: Run, ratios: list[float]) -> str:
     """One run: what was left of the item, and the answer."""
-    ratio = run.setting.ratio
-    group = "" if ratio not in ratios[:2] else f" ratio-{'ab'[ratios.index(ratio)]}"
     over = layers(run.views, under(run.views, asked.pictures))
     shown = "".join(
         view(i, j if len(asked.pictures) > 1 else 0, asked, v, pixels)
@@ -224,7 +227,7 @@ def tile(i: int, asked: Asked, run: Run, ratios: list[float]) -> str:
     )
     kept = f"{count(run.tokens_kept)} of {run.tokens_in} ({percent(run.tokens_kept, run.tokens_in)})"
     return (
-        f'<figure class="tile{group}"><div class="views">{shown}</div><figcaption>'
+        f'<figure class="tile{only(run.setting, ratios)}"><div class="views">{shown}</div><figcaption>'
         f"<b>{escape(run.setting.method)}</b>{chip(run)}<span>{kept}</span><span>{run.prefill_ms:,.0f} ms</span>"
         "</figcaption></figure>"
     )

@@ -199,8 +199,9 @@ def panel(view: View, picture: Image.Image, layer: np.ndarray, size: tuple[int, 
     ink = Image.new("RGBA", size)
     draw = ImageDraw.Draw(ink)
     sx, sy = size[0] / w, size[1] / h
-    for x0, y0, x1, y1 in outlines(view):
-        draw.line([(x0 * sx, y0 * sy), (x1 * sx, y1 * sy)], fill=(255, 255, 255, 90), width=1)
+    for fill, width in (((0, 0, 0, 70), 3), ((255, 255, 255, 130), 1)):  # to be seen on dark and on light
+        for x0, y0, x1, y1 in outlines(view):
+            draw.line([(x0 * sx, y0 * sy), (x1 * sx, y1 * sy)], fill, width)
     if len(view.regions) > 1:
         for r in view.regions:
             left, up, right, down = (r.box[0] * sx, r.box[1] * sy, r.box[2] * sx, r.box[3] * sy)

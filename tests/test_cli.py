@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import mmcompress
+from mmcompress import viz
 from mmcompress.cli import main
 from mmcompress.eval import tasks
 from mmcompress.registry import list_methods
@@ -91,6 +92,15 @@ BAD = {
     ),
     "a method named twice": (["inspect", "--image", PHOTO, "--method", "pooling,pooling"], "once"),
     "no questions": (["demo", "--num-questions", "0"], "--num-questions must be"),
+    "bench an unknown task": (["bench", "--tasks", "detial"], "did you mean 'detail'?"),
+    "bench an unknown method": (["bench", "--methods", "pooling,k_centre"], "did you mean 'k_center'?"),
+    "bench keep_ratio 0": (["bench", "--keep-ratio", "0.5,0"], "keep_ratio must be in (0, 1], got 0"),
+    "bench no questions": (["bench", "--n", "0"], "n must be an integer >= 1, got 0"),
+    "bench seed text": (["bench", "--seeds", "0,one"], "seed must be an integer"),
+    "bench dtype": (["bench", "--dtype", "half"], "dtype must be one of float32, "),
+    "bench an unknown preset": (["bench", "--preset", "imag"], "did you mean 'image'?"),
+    "bench preset and methods": (["bench", "--preset", "image", "--methods", "tome"], "--preset takes the place of --methods"),
+    "bench no such model": (["bench", "--models", "./no/such/folder"], "model must be"),
     "no such section": (["demo", "--sections", "vidoe"], "did you mean 'video'?"),
     "nothing to draw": (["inspect"], "inspect takes one item (--image, --video or --audio), got 0"),
     "two items to draw": (["inspect", "--image", PHOTO, "--audio", "a.wav"], "got 2"),
@@ -244,6 +254,35 @@ def test_inspect_writes_one_picture_per_method(capsys, model, tmp_path):
     assert code == 0 and text.strip() == str(one) and one.exists()
 
 
+def test_inspect_draws_a_strip_of_a_clip_and_a_spectrogram_of_a_recording(capsys, model, tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    soundfile = pytest.importorskip("soundfile")
+    clip, tone = tmp_path / "clip.avi", tmp_path / "tone.wav"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for i in range(12):
+        writer.write(np.full((48, 64, 3), 100 + 10 * i, np.uint8))
+    writer.release()
+    soundfile.write(tone, np.sin(np.arange(8000) / 9).astype("float32"), 16000)
+    ways = {
+        "video": (clip, "qwen2_5_vl", "vidcom2,tome", ("--num-frames", 6)),
+        "audio": (tone, "qwen2_audio", "k_center,pooling", ()),
+    }
+    shown = {}
+    for kind, (file, family, methods, rest) in ways.items():
+        out = result(
+            capsys,
+            *("inspect", "--model", model(family), f"--{kind}", file, "--method", methods, "--keep-ratio", "0.5"),
+            *("--out", tmp_path, *rest),
+        )
+        assert [Path(w["file"]).name for w in out] == [f"{file.stem}_{m}.png" for m in methods.split(",")]
+        assert all(w["tokens_kept"] < w["tokens_in"] for w in out)
+        shown[kind] = [np.asarray(Image.open(w["file"]).convert("RGB")).astype(int) for w in out]
+    # three time steps of 64 x 48 frames side by side: three times as wide as high with the gaps, and nothing beyond
+    inked = (np.abs(shown["video"][0][105:280] - viz.PAPER).max(-1) > 20).any(0)
+    assert np.abs(np.diff(inked.astype(int))).sum() == 2 * 3
+    assert all((a != b).any() for a, b in shown.values())
+
+
 def test_methods(capsys):
     rows = {r["name"]: r for r in result(capsys, "methods")}
     assert list(rows) == list_methods()
@@ -309,7 +348,7 @@ def test_a_picture_is_turned_upright(tmp_path):
     assert upright.size == (10, 20) and upright.getpixel((9, 0)) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in ("demo", "run", "inspect", "methods", "models", "doctor"))])
+@pytest.mark.parametrize("command", [[], *([c] for c in ("demo", "run", "inspect", "bench", "methods", "models", "doctor"))])
 def test_help_fits_a_screen_and_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -406,8 +445,8 @@ def test_demo_marks_the_evidence(sections):
 
     image, video, audio = (p.asked[0] for p in demo.run(sections[:3], say=lambda _: None).parts)
     assert len(image.pictures) == 1 and image.evidence == [demo.Spot(0, (4, 6, 20, 25))]
-    assert len(video.pictures) == 4  # two frames a step; frames 3 and 4 lie in steps 1 and 2
-    assert video.evidence == [demo.Spot(1, (4, 6, 20, 25)), demo.Spot(2, (4, 6, 20, 25))]
+    assert len(video.pictures) == 4  # frames 0, 2, 4 and 6 for two frames a step: frame 3 is not shown, frame 4 is
+    assert video.evidence == [demo.Spot(1, None), demo.Spot(2, (4, 6, 20, 25))]
     assert audio.pictures[0].width == 100 and audio.evidence == [demo.Spot(0, (25, 0, 50, audio.pictures[0].height))]
 
 

@@ -185,8 +185,8 @@ def test_a_dropped_span_dims_exactly_its_columns():
     plain = np.asarray(shown).astype(int)
     alpha = viz.DIM[3] / 255
     dimmed = plain[:, 160:240] * (1 - alpha) + np.array(viz.DIM[:3]) * alpha
-    assert np.abs(drawn[:, 162:239] - dimmed[:, 2:79]).max() <= 1 and (drawn[:, 162:239] <= plain[:, 162:239]).all()
-    assert (drawn[:, :159] == plain[:, :159]).all() and (drawn[:, 242:] == plain[:, 242:]).all()
+    assert np.abs(drawn[:, 163:238] - dimmed[:, 3:78]).max() <= 1 and (drawn[:, 163:238] <= plain[:, 163:238]).all()
+    assert (drawn[:, :158] == plain[:, :158]).all() and (drawn[:, 242:] == plain[:, 242:]).all()
 
 
 def test_a_merged_span_takes_its_mean_spectrum():
@@ -238,11 +238,14 @@ def test_what_a_processor_cuts_is_not_shown():
         image_processor=cropping, video_processor=cropping, feature_extractor=SimpleNamespace(n_samples=5)
     )
     wide = picture(40, 20)
-    assert seen(processor, wide, Layout("image")).size == (20, 20)
-    assert seen(processor, wide, Layout("image", crops=(2, 2))).size == (40, 20)
-    assert [f.size for f in seen(processor, [wide, wide], Layout("video"))] == [(20, 20)] * 2
-    assert len(seen(processor, np.zeros(9), Layout("audio"))) == 5
-    assert seen(SimpleNamespace(), wide, Layout("image")).size == (40, 20)
+    assert seen(processor, wide, Layout("image"), {}).size == (20, 20)
+    assert seen(processor, wide, Layout("image", crops=(2, 2)), {}).size == (40, 20)
+    assert [f.size for f in seen(processor, [wide, wide], Layout("video"), {})] == [(20, 20)] * 2
+    assert seen(SimpleNamespace(), wide, Layout("image"), {}).size == (40, 20)
+    sound, mask = Layout("audio"), {"feature_attention_mask": None}
+    assert len(seen(processor, np.ones(9), sound, mask)) == len(seen(processor, np.ones(9), sound, {})) == 5
+    assert seen(processor, np.ones(3), sound, mask).tolist() == [1, 1, 1]
+    assert seen(processor, np.ones(3), sound, {}).tolist() == [1, 1, 1, 0, 0]  # no mask: the window's end is tokens too
 
 
 def test_the_page_is_one_file_that_escapes_what_it_shows():
