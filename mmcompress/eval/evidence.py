@@ -74,7 +74,7 @@ def _places(item: Item, size: int | tuple[int, int], frames: int, sampling_rate:
     first, last = torch.zeros(len(position)), torch.ones(len(position))
     y, x = position[:, 1], position[:, 2]
     if layout.kind == "audio":
-        step = int(size) / sampling_rate / t  # type: ignore[call-overload]
+        step = int(size) / sampling_rate / t  # type: ignore[arg-type]
         start, one = position[:, 0] * step, torch.ones(len(position), dtype=torch.float64)
         return torch.stack([start, 0 * one, start + step, one], 1), first, last
     width, height = size  # type: ignore[misc]

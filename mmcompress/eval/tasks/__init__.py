@@ -10,6 +10,7 @@ from mmcompress.eval.tasks.digits import SpokenDigits
 from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
+from mmcompress.eval.tasks.photo_presence import PhotoPresence
 from mmcompress.eval.tasks.relations import Relations
 from mmcompress.eval.tasks.sound import SoundOrder
 from mmcompress.eval.tasks.video import VideoEvent, VideoOrder
@@ -23,6 +24,7 @@ __all__ = [
     "EasyVQA",
     "Evidence",
     "Mark",
+    "PhotoPresence",
     "Question",
     "Relations",
     "Sample",
@@ -38,7 +40,7 @@ __all__ = [
     "photo_paths",
 ]
 
-_PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document)
+_PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document, PhotoPresence)
 _CLIPS: tuple[type[Task], ...] = (VideoOrder, VideoEvent)
 _RECORDINGS: tuple[type[Task], ...] = (SoundOrder, SpokenDigits)
 TASKS: dict[str, type[Task]] = {t.name: t for t in (*_PICTURES, *_CLIPS, *_RECORDINGS)}
