@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "extras": {extra: [m for m in modules if importlib.util.find_spec(m) is None] for extra, modules in EXTRAS.items()},
         "cpu": {
-            "name": _cpu(),
+            "name": cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "vectors": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -113,7 +113,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor as the system calls it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
