@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 SIDE = VIEW["image_size"] // VIEW["patch_size"]
 WINDOW, PATCH, MERGE = 16, 4, 2  # Qwen's tower: windows of 2 x 2 tokens of 2 x 2 patches
+QWEN: dict[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 MEL_BINS, NUM_MEL = 8, 96  # 48 encoder frames, at most 24 tokens
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48], [48, 16]]
 
@@ -125,13 +131,47 @@ def _qwen2_5_vl(text: Mapping | None = None, vision: Mapping | None = None, **re
         "out_hidden_size": HIDDEN,
         "tokens_per_second": 2,
     }
-    special: dict[str, Any] = {
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
+    return Qwen2_5_VLConfig(text_config=text, vision_config=_update(tower, vision), **QWEN, **rest)
+
+
+def _qwen2_vl(text: Mapping | None = None, vision: Mapping | None = None, **rest: Any) -> Any:
+    from transformers import Qwen2VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    tower = {
+        "depth": 3,
+        "embed_dim": 32,
+        "hidden_size": HIDDEN,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
     }
-    return Qwen2_5_VLConfig(text_config=text, vision_config=_update(tower, vision), **special, **rest)
+    text = _update(dict(TEXT, rope_parameters=rope), text)
+    return Qwen2VLConfig(text_config=text, vision_config=_update(tower, vision), **QWEN, **rest)
+
+
+def _qwen3_vl(text: Mapping | None = None, vision: Mapping | None = None, **rest: Any) -> Any:
+    from transformers import Qwen3VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    tower = {
+        "depth": 3,
+        "deepstack_visual_indexes": [1],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "num_position_embeddings": 64,
+        "out_hidden_size": HIDDEN,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
+    text = _update(
+        {k: v for k, v in TEXT.items() if not k.startswith(("bos", "eos"))} | {"head_dim": 16, "rope_parameters": rope}, text
+    )
+    return Qwen3VLConfig(text_config=text, vision_config=_update(tower, vision), **QWEN, **rest)
 
 
 def _qwen2_audio(text: Mapping | None = None, vision: Mapping | None = None, **rest: Any) -> Any:
@@ -194,9 +234,21 @@ def _qwen(size: tuple[str, int, int, int], generator: torch.Generator) -> Item:
     patches = torch.randn(t * h * w, 3 * 2 * PATCH**2, generator=generator)
     names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
     tensors = dict(zip(names, (patches, torch.tensor([[t, h, w]])), strict=True))
-    if kind == "video":
-        tensors["second_per_grid_ts"] = torch.tensor([1.0])
     return Item([START, *[IMAGE if kind == "image" else VIDEO] * (t * h * w // MERGE**2), END], tensors)
+
+
+def _qwen2_5(size: tuple[str, int, int, int], generator: torch.Generator) -> Item:
+    item = _qwen(size, generator)
+    return replace(item, tensors=item.tensors | {"second_per_grid_ts": torch.tensor([1.0])}) if size[0] == "video" else item
+
+
+def _qwen3(size: tuple[str, int, int, int], generator: torch.Generator) -> Item:
+    """A clip's steps stand apart, each after a time stamp."""
+    item, (kind, t, h, w) = _qwen(size, generator), size
+    if kind == "image":
+        return item
+    step = [START, *[VIDEO] * (h * w // MERGE**2), END]
+    return replace(item, ids=[i for _ in range(t) for i in (*_words(2, generator), *step)])
 
 
 def _token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,7 +275,9 @@ FAMILIES: dict[str, Family] = {
     "llava_dinov2": Family(_tower(_llava, "dinov2"), _view, (0, 1, 2)),
     "llava_next": Family(_llava_next, _anyres, _PICTURES),
     "llava_next_dinov2": Family(_tower(_llava_next, "dinov2"), _anyres, _PICTURES),
-    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen, _CLIPS, _token_types),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types),
+    "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types),
+    "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types),
     "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83)),
 }
 """One line per family: the names that `tiny_model` and `tiny_inputs` take."""

@@ -6,8 +6,9 @@ from a running model is what its stock core hands to its text model (merged embe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ def capture(model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def item_sizes(inputs: dict[str, Tensor]) -> dict[int, list[tuple[int, list[int]]]]:
     """For each placeholder id the items in order: (columns in the prompt, those among them that are separators)."""
     sizes: dict[int, list] = {IMAGE: [], VIDEO: [], AUDIO: []}
+    if "pixel_values_videos" in inputs and inputs["pixel_values_videos"].dim() == 5:  # LLaVA-OneVision
+        clips, frames = inputs["pixel_values_videos"].shape[:2]
+        n = frames * (SIDE // 2) ** 2
+        sizes[VIDEO] = [(n + 1, [n])] * clips
     if "image_sizes" in inputs:
         for size in inputs["image_sizes"].tolist():
             rows, columns = anyres_canvas(size)
@@ -82,7 +87,8 @@ def eager_layer(layer, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> 
         a, b = y.chunk(2, -1)
         return y * cos + torch.cat([-b, a], -1) * sin
 
-    q, k = rotate(q), rotate(k)
+    norm = lambda name, y: getattr(attention, name, lambda z: z)(y)  # noqa: E731
+    q, k = rotate(norm("q_norm", q)), rotate(norm("k_norm", k))
     share = len(q) // len(k)
     k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
     weights = (q @ k.transpose(1, 2) * d**-0.5).masked_fill(~visible, -torch.inf).softmax(-1)
@@ -121,7 +127,8 @@ def reference(
 ) -> Result:
     """One prompt alone (batch of 1, no padding) through the stages, followed by `new_ids` that no stage touches.
 
-    wrong: "positions" numbers the kept rows anew, "mask" hides the first row from all later ones: for negative controls.
+    wrong: "positions" numbers the kept rows anew, "mask" hides the first row from all later ones, "slots" turns a token by its
+    first position only, "decode" counts the new ids on from the number of rows: for negative controls.
     """
     text, stages = text_model(model), tuple(stages)
     call = capture(model, inputs)
@@ -134,16 +141,25 @@ def reference(
     T = len(new_ids)
     if T:
         x = torch.cat([x, text.embed_tokens(torch.tensor(list(new_ids)))])
-        position = torch.cat([position, position.max() + 1 + torch.arange(T).expand(len(position), T)], 1)
+        first = len(x) // 2 if wrong == "decode" else position.max() + 1
+        position = torch.cat([position, first + torch.arange(T).expand(len(position), T)], 1)
     column = torch.arange(S + T)
+    deep = []  # DeepStack: what is added to every column after each of the first layers
+    if call.get("deepstack_visual_embeds") is not None:
+        visual = torch.cat([call["visual_pos_masks"][0], torch.zeros(T, dtype=torch.bool)])
+        deep = [x.new_zeros(x.shape).index_put((visual,), level) for level in call["deepstack_visual_embeds"]]
     items = find_items(inputs)
     result = Result(x, column)
     weights = None
+    carried: dict[int, tuple[Tensor, Tensor]] = {}  # item -> positions [K, P, 3], how many are no repeats [K]
+    sizes: dict[int, Tensor] = {}  # item -> how many inputs its tokens stand for [1, K]
     window = getattr(model.config.text_config, "sliding_window", None)
     for i, layer in enumerate(text.layers):
         for number, stage in enumerate(stages):
             if cut_of(stage, len(text.layers)) == i:
-                x, column, position, items = _reduce(number, stage, x, column, position, items, weights, S, result.steps)
+                x, column, position, items = _reduce(
+                    number, stage, x, column, position, items, weights, S, result.steps, carried, sizes, text.config
+                )
         P = len(x)
         order = torch.arange(P)
         visible = order[:, None] >= order
@@ -152,8 +168,13 @@ def reference(
         if wrong == "mask":
             visible[1:, 0] = False
         p = torch.arange(P).expand(len(position), P) if wrong == "positions" else position
-        cos, sin = (t[0] for t in text.rotary_emb(x[None], p[:, None] if len(p) == 3 else p))
+        if carried:
+            cos, sin = turns(text.config, p, column, items, carried, wrong)
+        else:
+            cos, sin = (t[0] for t in text.rotary_emb(x[None], p[:, None] if len(p) == 3 else p))
         x, weights = eager_layer(layer, x, cos, sin, visible)
+        if i < len(deep):
+            x = x + deep[i][column]
         result.rows.append(P - T)
     logits = model.lm_head(text.norm(x))
     source = (torch.isin(torch.arange(S + T), column).long().cumsum(0) - 1).clamp(min=0)
@@ -161,7 +182,39 @@ def reference(
     return result
 
 
-def _reduce(number, stage, x, column, position, items, weights, S, steps):
+def frequencies_of_axes(config) -> list[list[int]]:
+    """For each axis the numbers of its rotary frequencies, highest first, from the configuration."""
+    rope = config.rope_parameters
+    half = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
+    if "mrope_section" not in rope:
+        return [list(range(half))]
+    t, h, w = rope["mrope_section"]
+    if not rope.get("mrope_interleaved"):
+        return [list(range(t)), list(range(t, t + h)), list(range(t + h, t + h + w))]
+    of_h, of_w = list(range(1, 3 * h, 3)), list(range(2, 3 * w, 3))
+    return [sorted(set(range(half)) - set(of_h) - set(of_w)), of_h, of_w]
+
+
+def turns(config, position: Tensor, column: Tensor, items, carried, wrong: str | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin [P, d]: for each row and frequency the id that turns it, one by one. Of a token that carries several
+    positions the i-th of the s frequencies of an axis reads slot i * P // s."""
+    axes = frequencies_of_axes(config)
+    half = sum(map(len, axes))
+    ids = torch.zeros(len(column), half)
+    for a, frequencies in enumerate(axes):
+        for f in frequencies:
+            ids[:, f] = position[a].float()
+    for n, (slots, _) in carried.items():
+        for token, own in zip(torch.searchsorted(column, items[n][0]).tolist(), slots, strict=True):
+            for a, frequencies in enumerate(axes):
+                for i, f in enumerate(frequencies):
+                    ids[token, f] = own[0 if wrong == "slots" else i * len(own) // len(frequencies), a]
+    angle = ids * config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)
+    angle = torch.cat([angle, angle], 1)
+    return angle.cos(), angle.sin()
+
+
+def _reduce(number, stage, x, column, position, items, weights, S, steps, carried, sizes, config):
     """An item's separators stay for as long as one of its tokens does."""
     dropped, left = [], []
     for n, (tokens, separators) in enumerate(items):
@@ -170,9 +223,21 @@ def _reduce(number, stage, x, column, position, items, weights, S, steps):
         if "query_attention" in stage.reads:
             last = int(torch.searchsorted(column, S - 1))
             signals["query_attention"] = weights[:, last, rows].mean(0)[None]
-        r = stage(Tokens.of(x[rows][None], **signals))
+        if "positions" in stage.reads:
+            slots = math.gcd(8, *map(len, frequencies_of_axes(config)))
+            fresh = position.expand(3, -1)[:, rows].T[:, None].expand(-1, slots, -1)
+            signals["positions"] = carried[n][0][None] if n in carried else fresh[None]
+            if n in carried:
+                signals["num_positions"] = carried[n][1][None]
+        tokens_in = Tokens.of(x[rows][None], **signals)
+        r = stage(replace(tokens_in, size=sizes.get(n, tokens_in.size)))
         K = r.num_kept if r.mask is None else int(r.mask.sum())
         anchor = r.anchor[0, :K]
+        sizes[n] = r.size[:, :K]
+        if r.positions is not None:
+            carried[n] = r.positions[0, :K], r.num_positions[0, :K]
+        elif n in carried:
+            carried[n] = carried[n][0][anchor], carried[n][1][anchor]
         x = x.index_put((rows[anchor],), r.x[0, :K])
         dropped.append(tokens[~torch.isin(torch.arange(len(tokens)), anchor)])
         if K == 0:

@@ -10,7 +10,7 @@ from mmcompress import create, list_methods
 from mmcompress.registry import get_method
 from mmcompress.testing import assert_close, tiny_inputs
 
-FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "qwen2_audio")
+FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_audio")
 ROWS = 4
 
 

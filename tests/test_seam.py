@@ -13,7 +13,8 @@ import mmcompress
 from mmcompress.compressor import CacheCompressor, TowerCompressor
 from mmcompress.testing import BOS, FIRST_WORD, PLACEHOLDERS, VOCAB, assert_close, tiny_inputs, tiny_model
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen2_audio")
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_audio")
+MROPE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 STAGES = {
     "prefill": lambda: MeanMerge(),
     "prefill_k": lambda: Direction(keep_ratio=0.3),
@@ -23,13 +24,17 @@ STAGES = {
     "two_layers": lambda: Direction(keep_ratio=0.6, layer=1) | MeanMerge(layer=3),
     "prefill_and_layer": lambda: MeanMerge() | Attended(keep_ratio=0.5, layer=2),
     "drop_all": lambda: Direction(keep_ratio=0.5) | DropAll(layer=3),
+    "cascade": lambda: (
+        mmcompress.create("position_merge", keep_ratio=0.7, num_positions=2)
+        | mmcompress.create("position_merge", keep_ratio=0.6, num_positions=2, layer=2)
+    ),
     "three": lambda: Direction(keep_ratio=0.7) | Attended(keep_ratio=0.7, layer=0.5) | MeanMerge(layer=3),
 }
 ROWS, STEPS = 4, 5
 families = pytest.mark.parametrize("family", FAMILIES)
 placements = pytest.mark.parametrize("placement", STAGES)
-main_placements = pytest.mark.parametrize("placement", ["prefill", "three"])
-without_attention = pytest.mark.parametrize("placement", ["prefill", "two_layers"])
+main_placements = pytest.mark.parametrize("placement", ["prefill", "cascade", "three"])
+without_attention = pytest.mark.parametrize("placement", ["prefill", "two_layers", "cascade"])
 
 
 def real(inputs, r):
@@ -92,9 +97,8 @@ def test_reference_removes_rows_as_a_mask_would(tiny, family):
         visible[0, expected.columns] = 1
         assert visible.sum() < visible.numel()
         text = text_model(model)
-        out = text(
-            inputs_embeds=call["inputs_embeds"], attention_mask=visible, position_ids=call.get("position_ids"), use_cache=False
-        )
+        call.update(attention_mask=visible, past_key_values=None, use_cache=False)
+        out = text(**call)
         logits = model.lm_head(out.last_hidden_state[0])
         assert_close(logits[expected.columns], expected.logits[expected.columns])
 
@@ -219,6 +223,20 @@ def test_keeping_all_through_the_machinery(tiny, family):
             assert_close(got[r][real(inputs, r)], logits[r][real(inputs, r)], 5e-6)
 
 
+@torch.no_grad()
+def test_deepstack_of_several_levels():
+    """Rows leave before the language model, or after the last layer that DeepStack adds to; before that is refused."""
+    model = tiny_model("qwen3_vl", vision={"deepstack_visual_indexes": [0, 2]})
+    inputs = tiny_inputs("qwen3_vl", ROWS)
+    with pytest.raises(ValueError, match=r"layer must be at least 2 .*DeepStack.*got 1"):
+        mmcompress.compress_(model, MeanMerge(layer=1))
+    for side in ("left", "right"):
+        stages, inputs = MeanMerge() | MeanMerge(layer=2), tiny_inputs("qwen3_vl", ROWS, padding_side=side)
+        with stages(model):
+            logits = model(**inputs).logits
+        check_forward(model, "qwen3_vl", inputs, logits, stages.stages)
+
+
 # generate
 
 
@@ -256,7 +274,7 @@ def test_static_cache(tiny, family, placement):
 
 
 @families
-@pytest.mark.parametrize("placement", ["prefill", "two_layers", "three"])
+@pytest.mark.parametrize("placement", ["prefill", "two_layers", "cascade", "three"])
 @torch.no_grad()
 def test_sampling(tiny, family, placement):
     model, stages, inputs = tiny(family), STAGES[placement](), tiny_inputs(family, ROWS)
@@ -297,11 +315,11 @@ def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
     finally:
         del text.forward
     same = torch.equal(seen[0][0], seen[0][1]) and torch.equal(seen[0][0], seen[0][2])
-    assert same == (family == "qwen2_5_vl")
+    assert same == (family in MROPE)
 
 
 @families
-@pytest.mark.parametrize("placement", ["prefill", "two_layers", "three"])
+@pytest.mark.parametrize("placement", ["prefill", "two_layers", "cascade", "three"])
 @torch.no_grad()
 def test_beams(tiny, family, placement):
     model, stages, items = tiny(family), STAGES[placement](), [[0, 1], [2], [1], []]
@@ -384,7 +402,7 @@ def test_manual_loop(tiny, family, placement):
     """Plain forward calls on one cache, positions left to the model where the stock model allows it."""
     model, stages, inputs = tiny(family), STAGES[placement](), tiny_inputs(family, ROWS)
     mask, new, logits, extra = inputs["attention_mask"], [], [], {}
-    if family == "qwen2_5_vl":
+    if family in MROPE:
         with pytest.raises(
             RuntimeError
         ):  # upstream: positions for all columns where one is due. When this fails, leave them out below
@@ -397,7 +415,7 @@ def test_manual_loop(tiny, family, placement):
             logits.append(out.logits[:, -1])
             new.append(greedy(out.logits[:, -1]))
             mask = torch.cat([mask, mask.new_ones(ROWS, 1)], 1)
-            if family == "qwen2_5_vl":
+            if family in MROPE:
                 now = inputs["attention_mask"].sum(1, keepdim=True) + step + model.model.rope_deltas
                 extra = {"position_ids": now.expand(3, ROWS, 1)}
             out = model(input_ids=new[-1][:, None], attention_mask=mask, past_key_values=out.past_key_values, **extra)

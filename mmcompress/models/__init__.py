@@ -10,6 +10,8 @@ ADAPTERS = {
     "llava": "llava.Llava",
     "llava_next": "llava_next.LlavaNext",
     "qwen2_5_vl": "qwen2_5_vl.Qwen2_5VL",
+    "qwen2_vl": "qwen2_vl.Qwen2VL",
+    "qwen3_vl": "qwen3_vl.Qwen3VL",
     "qwen2_audio": "qwen2_audio.Qwen2Audio",
     "whisper": "whisper.Whisper",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmcompress.compressor import Compressor
 from mmcompress.ledger import SampleCount
 from mmcompress.models.cache import PromptState, physical, states_of
 from mmcompress.models.items import Item, run_stages
+from mmcompress.models.rotary import Turned
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals import row_attention, watch
 from mmcompress.ops.relevance import relevance
@@ -38,7 +40,8 @@ class Cut:
 
     items: as they came in, for a checkpoint's recomputation. previous [B, Q]: which rows of the layer before stay.
     index [B, Q]: the same among the text model's own rows. real [B, Q]: row or padding.
-    keys [B, past + Q]: the same over everything that deeper layers hold.
+    keys [B, past + Q]: the same over everything that deeper layers hold. turned: tokens that carry several positions from here
+    on; embeddings: cos and sin of all rows then.
     """
 
     items: list[Item]
@@ -46,6 +49,8 @@ class Cut:
     index: Tensor
     real: Tensor
     keys: Tensor
+    turned: Turned | None = None
+    embeddings: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -53,7 +58,8 @@ class Step:
     """One forward of the text model as its layers see it: P rows come in, `mask` [B, past + P] says which are real.
 
     extra: candidate tokens after the prompt (assisted decoding, or every step without a cache). items is empty where
-    nothing is to be decided: a decode step or a continued conversation.
+    nothing is to be decided: a decode step or a continued conversation. turn(items=, like=): `Rotary.turn` where a stage
+    carries positions.
     """
 
     plan: Plan
@@ -64,6 +70,7 @@ class Step:
     items: list[Item] = field(default_factory=list)
     samples: dict[int, SampleCount] = field(default_factory=dict)
     extra: int = 0
+    turn: Callable[..., Turned] | None = None
     attention: dict[int, dict[str, dict[int, Tensor]]] = field(default_factory=dict)  # cut -> signal -> item -> values
     cuts: dict[int, Cut] = field(default_factory=dict)
     masks: dict[tuple[int, str], Any] = field(default_factory=dict)
@@ -86,9 +93,11 @@ class Step:
                 hidden = self.reduce(cut, hidden)
             done, B = self.cuts[cut], len(hidden)
             if kw.get("position_embeddings") is not None:
-                kw["position_embeddings"] = tuple(
+                kw["position_embeddings"] = done.embeddings or tuple(
                     rows(t.expand(B, *t.shape[1:]), done.index) for t in kw["position_embeddings"]
                 )
+                if done.turned is not None and done.embeddings is None:
+                    kw["position_embeddings"] = done.embeddings = done.turned.put(kw["position_embeddings"])
             if kw.get("position_ids") is not None:
                 kw["position_ids"] = rows(kw["position_ids"].expand(B, -1), done.index)
             keys = done.keys
@@ -119,7 +128,9 @@ class Step:
         earlier = [c for c in self.cuts if c < cut]
         composed = self.cuts[max(earlier)].index.gather(1, index) if earlier else index
         held = physical(self.deeper_states(), self.mask[:, : self.past], cut).bool()
-        self.cuts[cut] = Cut(before, index, composed, real, torch.cat([held, real], 1))
+        carried = any("positions" in self.plan.reads.get(c, []) for c in (*earlier, cut))  # since layer 0's embeddings
+        turned = self.turn(items=self.items, like=hidden) if self.turn is not None and carried else None
+        self.cuts[cut] = Cut(before, index, composed, real, torch.cat([held, real], 1), turned)
         return rows(x, index)
 
     def layer_mask(self, i: int, cut: int, keys: Tensor, hidden: Tensor, config: Any) -> Any:

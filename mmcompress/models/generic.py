@@ -46,8 +46,8 @@ class ItemSpec:
 
 @dataclass
 class Call:
-    """What is noted of one call of the core: its arguments, ids on the host [B, S], 2-D mask, and what the taps saw per
-    kind."""
+    """What is noted of one call of the core: its arguments, ids on the host [B, S], 2-D mask, what the taps saw per kind, and
+    the rotary `Turned` of tokens that carry several positions."""
 
     arguments: dict[str, Any]
     ids: Tensor | None
@@ -56,6 +56,7 @@ class Call:
     attention: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     tower: dict[str, list[Tensor]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
+    turned: Any = None
 
 
 class Family:
@@ -96,6 +97,11 @@ class Family:
         return Seam
 
     # parts
+
+    @property
+    def first_cut(self) -> int:
+        """The first decoder layer before which rows may leave."""
+        return 1
 
     def placeholder(self, kind: str) -> int:
         """The id that stands for one row of this kind, or -1."""

@@ -55,6 +55,7 @@ class Item:
         self.columns, self.anchor = self.columns[anchor], self.anchor[anchor]
         self.assignment = torch.where(self.assignment >= 0, new.assignment[j][self.assignment.clamp(min=0)], -1)
         self.signals = {k: v if k == "text" else v[anchor] for k, v in self.signals.items()}
+        self.signals |= {k: v[j][mask] for k, v in new.carried().items()}
 
 
 def run_stages(
@@ -102,6 +103,8 @@ def stack(bucket: list[Item], reads: list[str]) -> Tokens:
             )
         else:
             signals[name] = torch.stack(values)
+        if name == "positions" and "num_positions" in first.signals:
+            signals["num_positions"] = torch.stack([i.signals["num_positions"] for i in bucket])
     pick = lambda get: torch.stack([get(i)[i.anchor] for i in bucket])  # noqa: E731
     return Tokens(
         x=torch.stack([i.x for i in bucket]),  # type: ignore[misc]
@@ -124,6 +127,14 @@ def check(stage: Compressor, result: Reduction, bucket: list[Item]) -> Reduction
             f"{name} returned x {tuple(result.x.shape)}, anchor {(B, K)}, assignment {tuple(result.assignment.shape)} "
             f"for {len(bucket)} items of {n} tokens"
         )
+    if result.positions is not None:
+        if "positions" not in bucket[0].signals:
+            raise ValueError(f"{name} must read the signal 'positions' to return positions, it reads {list(stage.reads)}")
+        if result.num_positions is None or result.positions.dim() != 4 or result.positions.shape[::3] != (B, 3):
+            raise ValueError(
+                f"{name} must return positions [B, K, P, 3] with num_positions [B, K], got {list(result.positions.shape)} "
+                f"with {'none' if result.num_positions is None else list(result.num_positions.shape)}"
+            )
     return result
 
 

@@ -1,37 +1,25 @@
-"""Qwen2.5-VL: images and video on a (t, h, w) grid, m-RoPE, and a tower that works on window-permuted patches."""
+"""Qwen2.5-VL: as Qwen2-VL, with a tower that works on window-permuted patches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mmcompress.models import signals
-from mmcompress.models.generic import Call, Family, ItemSpec
+from mmcompress.models.generic import Call
+from mmcompress.models.qwen2_vl import Qwen2VL
 
 
-class Qwen2_5VL(Family):
+class Qwen2_5VL(Qwen2VL):
     name = "qwen2_5_vl"
-    modalities = ("image", "video")
-    per_item = ()  # the model's own expansion repeats per sample
-    offers = ("keys", "tower")
-    notes = "m-RoPE positions kept; manual decode loops must pass position_ids (stock transformers)"
-
-    def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec]:
-        merge, out, start = self.config.vision_config.spatial_merge_size, [], 0
-        for t, h, w in call.arguments[f"{kind}_grid_thw"].tolist():
-            out.append(ItemSpec.lattice(kind, (t, h // merge, w // merge), start))
-            start += out[-1].num_rows
-        return out
 
     def signal(self, call: Call, kind: str, name: str) -> Tensor:
-        if name == "tower":  # the merger's output is what the language model gets
-            return torch.cat(list(call.features[kind].pooler_output))
+        values = super().signal(call, kind, name)
+        if name == "tower":
+            return values
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
         vision = self.config.vision_config
-        keys = torch.cat([signals.flat_keys(k) for _, k in call.attention[kind]])
-        keys = keys.unflatten(0, (-1, vision.spatial_merge_size**2)).mean(1)  # one per token, in window order
         window, _ = get_vision_window_index(
             call.arguments[f"{kind}_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size
         )
-        return keys[torch.argsort(window).to(keys.device)]
+        return values[torch.argsort(window).to(values.device)]

@@ -8,6 +8,7 @@ Stages at a decoder layer act in wrappers on the layers. All wrappers are instan
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from mmcompress.models.cache import PromptState, physical, remember, states_of
 from mmcompress.models.decoder import ATTENTION, Plan, Step
 from mmcompress.models.generic import Call, Family, ItemSpec
 from mmcompress.models.items import Item, run_stages, runs
+from mmcompress.models.rotary import Rotary, axes
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals import BACKENDS, last_block, watch
 from mmcompress.models.wrap import Wrapper, base_model
@@ -47,6 +49,7 @@ class Seam:
         self.forward_wrappers: list[Wrapper] = []
         self.prefill: list[Compressor] = []
         self.plan = Plan()
+        self.rotary: Rotary | None = None  # where a stage carries positions
         self.place(compressor)
 
     # what stands where
@@ -60,12 +63,20 @@ class Seam:
             if stage.placement not in ("prefill", "layer"):
                 raise ValueError(f"placement of {name} must be 'prefill' or 'layer' in this version, got {stage.placement!r}")
             layer = self.layer(stage.layer, depth)
+            if 0 < layer < self.family.first_cut:
+                raise ValueError(
+                    f"layer must be at least {self.family.first_cut} in this {self.family.name} model (DeepStack adds features "
+                    f"before it), got {stage.layer!r}"
+                )
             if not set(stage.kinds) & set(self.family.modalities):
                 takes = ", ".join(self.family.modalities)
                 raise ValueError(f"{name} compresses {', '.join(stage.kinds)} items, {self.family.name} models take {takes}")
             if stage.is_identity:
                 continue
             reads = [self.resolve(name, one, layer) for one in stage.reads]
+            if "positions" in reads:
+                self.rotary = self.rotary or Rotary.of(self.family.text.rotary_emb)
+                stage.check_sections(self.rotary.sections)
             (self.plan.stages.setdefault(layer, []) if layer else self.prefill).append(stage)
             known = self.plan.reads.setdefault(layer, [])
             known.extend(r for r in reads if r not in ("", "crops", *known))
@@ -89,7 +100,8 @@ class Seam:
         return at
 
     def resolve(self, name: str, wanted: str, layer: int) -> str:
-        offered = (*self.family.signals(), *self.anywhere, *(ATTENTION if layer else ()))
+        rotary = ("positions",) if hasattr(self.family.text, "rotary_emb") else ()
+        offered = (*self.family.signals(), *self.anywhere, *rotary, *(ATTENTION if layer else ()))
         for one in wanted.split("|"):
             if one in offered or not one:  # "a|": without a, nothing
                 return one
@@ -112,6 +124,8 @@ class Seam:
             if "tower" in self.encoder_reads and (projector := family.projector(core, family.modalities[0])) is not None:
                 wrap(projector, "forward", self.on_projector)
             wrap(family.text, "forward", self.on_text)
+            if self.rotary is not None:
+                wrap(family.text.rotary_emb, "forward", self.on_rotary)
             if self.plan.stages:
                 for i, layer in enumerate(family.layers):
                     wrap(layer, "forward", lambda module, original, i=i: self.on_layer(i, original))
@@ -213,6 +227,15 @@ class Seam:
             if not items or not (self.prefill or self.plan.stages):
                 return self.plain(call, kw, forward)
             B, S = x.shape[:2]
+            past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
+            position = kw.get("position_ids")
+            if position is None:
+                position = torch.arange(seen, seen + S, device=x.device)[None]
+            position = position.expand(*position.shape[:-2], B, S)
+            turn = None
+            if self.rotary is not None:
+                self.rotary.offer(items, position)
+                turn = functools.partial(self.rotary.turn, text.rotary_emb, longest=axes(position).amax((1, 2)))
             x, keep = run_stages(self.prefill, items, x, self.plan.reads.get(0, []))
             valid = keep if call.mask is None else keep & call.mask[:, -S:].bool()
             left = call.mask is None or bool(call.mask[:, -1].all())
@@ -222,20 +245,17 @@ class Seam:
                 item.move(source)
             for b, count in samples.items():
                 count.rows_from[0] = int(real[b].sum())
-            past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
             keys = torch.cat([self.physical_mask(call, cache, B, S)[:, :-S].bool(), real], 1)
-            position = kw.get("position_ids")
-            if position is None:
-                position = torch.arange(seen, seen + S, device=x.device)[None]
-            position = position.expand(*position.shape[:-2], B, S)
-            kw = gather_extra(kw, index, B, S)
+            kw = gather_extra(kw, index, valid, real)
             kw["inputs_embeds"] = rows(x, index)
             kw["position_ids"] = position.gather(-1, index.expand(*position.shape[:-1], index.shape[1]))
             kw["attention_mask"] = text_mask(text, kw, keys)
+            if turn is not None and "positions" in self.plan.reads.get(0, []):
+                call.turned = turn(items=items, like=x)
             states = [PromptState(0, seen + S, keys)]
             if self.plan.stages:
                 extra = max(0, seen + S - self.prompt) if self.generating else 0
-                step = Step(self.plan, cache, keys, past, left, items, samples, extra)
+                step = Step(self.plan, cache, keys, past, left, items, samples, extra, turn)
                 with step.tap(text.layers):
                     out = forward(**kw, mmcompress_step=step)
                 out = step.leave(out, states)
@@ -271,6 +291,20 @@ class Seam:
         if self.plan.stages:
             kw["mmcompress_step"] = Step(self.plan, cache, mask)
         return forward(**kw)
+
+    def on_rotary(self, rotary: nn.Module, forward: Callable) -> Callable:
+        """In the text model's own call, turn the tokens that carry several positions."""
+
+        def run(x, position_ids):
+            turned = self.calls[-1].turned if self.calls else None
+            if turned is None:
+                return forward(x, position_ids)
+            self.calls[-1].turned = None
+            last = turned.longest[-len(position_ids) :, None, None] if position_ids.dim() == 3 else turned.longest[:1, None]
+            cos, sin = forward(x, torch.cat([position_ids, last.expand(*position_ids.shape[:-1], 1)], -1))
+            return turned.put((cos[:, :-1], sin[:, :-1]))
+
+        return run
 
     def on_layer(self, i: int, forward: Callable) -> Callable:
         def run(hidden, *args, **kw):
@@ -442,11 +476,15 @@ def text_mask(text: nn.Module, kw: dict, keys: Tensor) -> Any:
     )
 
 
-def gather_extra(kw: dict, index: Tensor, B: int, S: int) -> dict:
-    """Every other sequence-aligned argument loses the same columns."""
-    done = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+def gather_extra(kw: dict, index: Tensor, valid: Tensor, real: Tensor) -> dict:
+    """Every other sequence-aligned argument loses the same columns, and DeepStack's features the same visual rows."""
+    done = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "visual_pos_masks")
 
     def aligned(v: Any) -> bool:
-        return isinstance(v, Tensor) and v.dim() > 1 and tuple(v.shape[:2]) == (B, S)
+        return isinstance(v, Tensor) and v.dim() > 1 and v.shape[:2] == valid.shape
 
+    if (visual := kw.get("visual_pos_masks")) is not None:
+        kept = valid[visual]
+        deep = [level[kept] for level in kw.get("deepstack_visual_embeds") or ()]
+        kw = {**kw, "visual_pos_masks": rows(visual, index) & real, "deepstack_visual_embeds": deep}
     return {k: rows(v, index) if k not in done and aligned(v) else v for k, v in kw.items()}
