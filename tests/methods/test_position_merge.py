@@ -162,7 +162,7 @@ def test_cascade_by_hand():
     assert torch.equal(pruned.positions, first.positions[:, kept])  # who survives keeps what it carries
 
 
-@pytest.mark.parametrize("merger", ["dpc_knn", "tome", "pooling", {"method": "dpc_knn", "num_neighbors": 3}])
+@pytest.mark.parametrize("merger", ["dpc_knn", "tome", "pooling", "kmeans", {"method": "dpc_knn", "num_neighbors": 3}])
 @pytest.mark.parametrize("num_positions", [1, 3, "auto"])
 def test_merges_as_its_merger_does(merger, num_positions):
     generator = torch.Generator().manual_seed(0)
