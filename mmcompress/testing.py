@@ -55,6 +55,7 @@ QWEN: dict[str, Any] = {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
+CLIP_FRAMES = 2  # of LLaVA-OneVision, whose clips in a batch have one length
 MEL_BINS, NUM_MEL = 8, 96  # 48 encoder frames, at most 24 tokens
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48], [48, 16]]
 
@@ -110,6 +111,18 @@ def _llava_next(tower: str = "clip", text: Mapping | None = None, vision: Mappin
     rest.setdefault("image_grid_pinpoints", PINPOINTS)
     text = _update(dict(TEXT, model_type="mistral", sliding_window=None, head_dim=None), text)
     return LlavaNextConfig(text_config=text, vision_config=_update(TOWERS[tower], vision), image_token_index=IMAGE, **rest)
+
+
+def _llava_onevision(tower: str = "siglip", text: Mapping | None = None, vision: Mapping | None = None, **rest: Any) -> Any:
+    from transformers import LlavaOnevisionConfig
+
+    if tower not in TOWERS:
+        raise ValueError(f"tower must be one of {', '.join(TOWERS)}; got {tower!r}")
+    rest.setdefault("vision_feature_select_strategy", "full" if tower == "siglip" else "default")
+    rest.setdefault("image_grid_pinpoints", PINPOINTS)
+    text = _update(dict(TEXT, model_type="qwen2"), text)
+    special = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    return LlavaOnevisionConfig(text_config=text, vision_config=_update(TOWERS[tower], vision), **special, **rest)
 
 
 def _qwen2_5_vl(text: Mapping | None = None, vision: Mapping | None = None, **rest: Any) -> Any:
@@ -209,6 +222,15 @@ def _anyres(size: tuple[int, int], generator: torch.Generator) -> Item:
     )
 
 
+def _picture_or_clip(size: tuple[int, int] | str, generator: torch.Generator) -> Item:
+    """A picture as `_anyres` has it, or a clip whose frames are pooled 2 x 2, with one newline at its end."""
+    if size != "clip":
+        return _anyres(size, generator)  # type: ignore[arg-type]
+    edge = VIEW["image_size"]
+    pixels = torch.randn(1, CLIP_FRAMES, 3, edge, edge, generator=generator)
+    return Item([VIDEO] * (CLIP_FRAMES * (SIDE // 2) ** 2 + 1), {"pixel_values_videos": pixels}, num_separators=1)
+
+
 def anyres_crops(size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of crops for a picture of `size` (H, W): the pinpoint that keeps most pixels, then wastes fewest."""
 
@@ -278,6 +300,10 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types),
     "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types),
     "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types),
+    "llava_onevision": Family(_llava_onevision, _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")),
+    "llava_onevision_dinov2": Family(
+        _tower(_llava_onevision, "dinov2"), _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")
+    ),
     "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83)),
 }
 """One line per family: the names that `tiny_model` and `tiny_inputs` take."""

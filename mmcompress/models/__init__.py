@@ -9,6 +9,7 @@ from typing import Any
 ADAPTERS = {
     "llava": "llava.Llava",
     "llava_next": "llava_next.LlavaNext",
+    "llava_onevision": "llava_onevision.LlavaOnevision",
     "qwen2_5_vl": "qwen2_5_vl.Qwen2_5VL",
     "qwen2_vl": "qwen2_vl.Qwen2VL",
     "qwen3_vl": "qwen3_vl.Qwen3VL",
