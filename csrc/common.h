@@ -36,6 +36,14 @@ struct Rows {
         num(x.size(0)),
         width(x.size(1)),
         stride(x.stride(0) * element()) {}
+  Rows(const void* rows, Type element_type, int64_t count, int64_t columns)
+      : data(static_cast<const char*>(rows)), type(element_type), num(count), width(columns), stride(columns * element()) {}
+  Rows part(int64_t first, int64_t count) const {
+    Rows rows = *this;
+    rows.data = row(first);
+    rows.num = count;
+    return rows;
+  }
   int64_t element() const { return type == Type::f32 ? 4 : 2; }
   const char* row(int64_t i) const { return data + i * stride; }
 };

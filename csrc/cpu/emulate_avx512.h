@@ -36,6 +36,10 @@ struct WidePairs {
 #define _mm512_add_epi32 e_add_int
 #define _mm512_set1_epi32 e_set1_int
 #define _mm512_dpbf16_ps e_dpbf16
+#define _mm512_dpbusd_epi32 e_dpbusd
+#define _mm512_sub_epi32 e_sub_int
+#define _mm512_cvtepi32_ps e_cvt
+#define _mm512_reduce_add_epi32 e_reduce_add_int
 
 inline Wide e_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Wide e_set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -84,4 +88,19 @@ inline __m256 e_half_pairs(__m256 sum, __m256i a, __m256i b) {
 }
 inline Wide e_dpbf16(Wide sum, WidePairs a, WidePairs b) {
   return {e_half_pairs(sum.low, a.low, b.low), e_half_pairs(sum.high, a.high, b.high)};
+}
+inline WideInt e_sub_int(WideInt a, WideInt b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+inline Wide e_cvt(WideInt x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+inline int32_t e_reduce_add_int(WideInt x) {
+  int32_t v[8], s = 0;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(v), _mm256_add_epi32(x.low, x.high));
+  for (int32_t i : v) s += i;
+  return s;
+}
+inline __m256i e_half_bytes(__m256i sum, __m256i a, __m256i b) {  // a unsigned, b signed
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8))));
+}
+inline WideInt e_dpbusd(WideInt sum, WideInt a, WideInt b) {
+  return {e_half_bytes(sum.low, a.low, b.low), e_half_bytes(sum.high, a.high, b.high)};
 }

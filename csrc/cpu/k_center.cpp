@@ -6,8 +6,8 @@
 // mutual distances are known, for as long as the best of them lies above every row outside the set.
 #include <algorithm>
 
+#include "coarse.h"
 #include "kernels.h"
-#include "matrix.h"
 
 namespace mmcompress::cpu {
 namespace {
@@ -15,14 +15,13 @@ namespace {
 // distance(i, c) = base_i - (dot scale_c + bias_c) factor_i: 1 - cos, or half the squared Euclidean distance.
 struct Metric {
   const Matrix& x;
-  int64_t first;  // row of the item's first token
   bool cosine;
-  float base(int64_t i) const { return cosine ? 1.0f : x.square(first + i) / 2; }
-  float scale(int64_t c) const { return cosine ? x.reciprocal(first + c) : 1.0f; }
-  float bias(int64_t c) const { return cosine ? 0.0f : -x.square(first + c) / 2; }
-  float factor(int64_t i) const { return cosine ? x.reciprocal(first + i) : 1.0f; }
-  float limit(int64_t i) const { return cosine ? 1.0f : x.square(first + i); }
-  const float* row(int64_t i) const { return x.row(first + i); }
+  float base(int64_t i) const { return cosine ? 1.0f : x.square(i) / 2; }
+  float scale(int64_t c) const { return cosine ? x.reciprocal(c) : 1.0f; }
+  float bias(int64_t c) const { return cosine ? 0.0f : -x.square(c) / 2; }
+  float factor(int64_t i) const { return cosine ? x.reciprocal(i) : 1.0f; }
+  float limit(int64_t i) const { return cosine ? 1.0f : x.square(i); }
+  const float* row(int64_t i) const { return x.row(i); }
   float distance(int64_t i, float best) const { return snap(base(i) - best * factor(i), limit(i)); }
 };
 
@@ -49,9 +48,11 @@ void distances_to(const Metric& metric, int64_t n, int64_t pick, float* distance
   });
 }
 
-void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* picks) {
-  constexpr int kGroup = 4, kStep = 6,
-                kBatch = 16;  // rows that are brought up to date together; picks before looking again; rows popped
+void lazy(const Metric& metric, const Coarse* coarse, int64_t n, int64_t k, int64_t start, int64_t* picks) {
+  constexpr int kBatch = 18, kExact = 4, kStep = 6;  // rows popped; rows by picks that are computed together, without screening
+  const int group = coarse ? kStrip : kExact;
+  std::optional<Picks> codes;
+  if (coarse) codes.emplace(*coarse, k);
   Buffer<float> distance(n);
   std::vector<int64_t> seen(n, 1);  // how many picks a row's distance knows
   std::vector<const float*> pick_rows(k);
@@ -64,12 +65,43 @@ void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* pi
     pick_rows[num] = metric.row(row);
     scale[num] = metric.scale(row);
     bias[num++] = metric.bias(row);
+    if (codes) codes->add(row, metric.bias(row));
   };
   take(start);
   distances_to(metric, n, start, distance.data());
   for (int64_t i = 0; i < n; ++i)
     if (i != start) heap.push_back({distance[i], i});
   std::make_heap(heap.begin(), heap.end());
+  const auto lower = [&](Entry& entry, int64_t pick, float product) {
+    entry.distance = std::min(entry.distance, metric.distance(entry.row, product * scale[pick] + bias[pick]));
+  };
+  // Picks [from, end) for some rows: all of them,
+  const auto compute = [&](Entry* entry, const float* const* row, int rows, int64_t from, int64_t end) {
+    float dot[kExact * kStep];
+    metric.x.products().dots(row, rows, pick_rows.data() + from, static_cast<int>(end - from), metric.x.words(), dot, kStep);
+    for (int i = 0; i < rows; ++i)
+      for (int64_t j = from; j < end; ++j) lower(entry[i], j, dot[i * kStep + (j - from)]);
+  };
+  // or those that may be nearer than the row's distance, the most promising first.
+  const auto screen = [&](Entry* entry, const float* const* row, int rows, int64_t from, int64_t end) {
+    float up[kStrip * kNarrow];
+    int64_t ids[kStrip];
+    for (int i = 0; i < rows; ++i) ids[i] = entry[i].row;
+    const int64_t offset = from / kNarrow * kNarrow;
+    codes->bounds(ids, rows, from, end, up);
+    for (int i = 0; i < rows; ++i) {
+      const float base = metric.base(entry[i].row);
+      float* mine = up + i * kNarrow;
+      while (true) {
+        const int64_t best = std::max_element(mine + (from - offset), mine + (end - offset)) - mine;
+        if (!(base - mine[best] < entry[i].distance)) break;
+        mine[best] = -std::numeric_limits<float>::infinity();
+        float product;
+        metric.x.products().dots(row + i, 1, &pick_rows[offset + best], 1, metric.x.words(), &product, 1);
+        lower(entry[i], offset + best, product);
+      }
+    }
+  };
   float known = -1;  // the largest distance that is up to date
   while (num < k) {
     if (seen[heap.front().row] == num) {
@@ -86,28 +118,25 @@ void lazy(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* pi
       batch[count++] = heap.back();
       heap.pop_back();
     }
-    for (int first = 0; first < count; first += kGroup) {
-      const int rows = std::min(kGroup, count - first);
-      const float* row[kGroup];
+    // rows that lag equally far behind are computed together
+    std::sort(batch, batch + count, [&](const Entry& a, const Entry& b) { return seen[a.row] < seen[b.row]; });
+    for (int first = 0; first < count; first += group) {
+      const int rows = std::min(group, count - first);
+      const float* row[kStrip];
       int64_t from = num;
       for (int i = 0; i < rows; ++i) {
         row[i] = metric.row(batch[first + i].row);
         from = std::min(from, seen[batch[first + i].row]);
       }
       while (from < num) {
-        const int step = static_cast<int>(std::min<int64_t>(kStep, num - from));
-        float dot[kGroup * kStep];
-        metric.x.products().dots(row, rows, pick_rows.data() + from, step, metric.x.words(), dot, kStep);
-        bool above = false;
-        for (int i = 0; i < rows; ++i) {
-          Entry& entry = batch[first + i];
-          for (int j = 0; j < step; ++j)
-            entry.distance =
-                std::min(entry.distance, metric.distance(entry.row, dot[i * kStep + j] * scale[from + j] + bias[from + j]));
-          above |= entry.distance >= known;
+        const int64_t end = std::min(num, codes ? (from / kNarrow + 1) * kNarrow : from + kStep);
+        if (codes) {
+          screen(batch + first, row, rows, from, end);
+        } else {
+          compute(batch + first, row, rows, from, end);
         }
-        from += step;
-        if (!above) break;
+        from = end;
+        if (std::none_of(batch + first, batch + first + rows, [&](const Entry& entry) { return entry.distance >= known; })) break;
       }
       for (int i = 0; i < rows; ++i) {
         seen[batch[first + i].row] = std::max(seen[batch[first + i].row], from);
@@ -140,9 +169,9 @@ void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* 
   const auto before = [&](int64_t a, int64_t b) { return distance[a] > distance[b] || (distance[a] == distance[b] && a < b); };
   while (num < k) {
     fill(fresh);
-    tiles(x, metric.first, metric.first + n, columns, [&](int64_t row, int rows, int64_t group, const float* c) {
+    tiles(x, 0, n, columns, [&](int64_t row, int rows, int64_t group, const float* c) {
       for (int r = 0; r < rows; ++r) {
-        const int64_t i = row - metric.first + r;
+        const int64_t i = row + r;
         if (taken[i]) {
           distance[i] = -1;
           continue;
@@ -212,24 +241,37 @@ void blocks(const Metric& metric, int64_t n, int64_t k, int64_t start, int64_t* 
 
 void k_center(Tensor x_tensor, Tensor offsets, Tensor out_offsets, Optional start_tensor, bool cosine, bool check, Tensor picks_tensor,
               Tensor bad) {
-  const Matrix x{Rows(x_tensor)};
-  report(bad, 0, check ? x.first_bad() : -1);
-  if (check && x.first_bad() >= 0) return;
+  const Rows rows(x_tensor);
   const auto *ends = in<int64_t>(offsets), *out_ends = in<int64_t>(out_offsets), *start = in<int64_t>(start_tensor);
   auto* picks = out<int64_t>(picks_tensor);
-  for_items(offsets.size(0) - 1, [&](int64_t item) {
+  std::vector<int64_t> first_bad(offsets.size(0) - 1, -1);
+  for_items(offsets.size(0) - 1, [&](int64_t item) {  // an item at a time: it stays in the cache
     const int64_t n = ends[item + 1] - ends[item], k = out_ends[item + 1] - out_ends[item];
+    const Rows mine = rows.part(ends[item], n);
+    const Matrix x(mine);
+    if (check && x.first_bad() >= 0) {
+      first_bad[item] = ends[item] + x.first_bad();
+      return;
+    }
     if (k == 0) return;
-    const Metric metric{x, ends[item], cosine};
-    int64_t* mine = picks + out_ends[item];
+    const Metric metric{x, cosine};
+    int64_t* chosen = picks + out_ends[item];
     const int64_t first = start ? start[item] : 0;
     if (k * 7 < n) {
-      lazy(metric, n, k, first, mine);
+      std::optional<Coarse> coarse;
+      if (Coarse::pays(n, k, rows.width)) {
+        const std::vector<float> all = weights(x, 0, n, cosine);
+        const auto weight = [&](int64_t i) { return all[i]; };
+        coarse.emplace(mine, weight, Coarse::center(mine, weight), Coarse::kLeft);
+      }
+      lazy(metric, coarse ? &*coarse : nullptr, n, k, first, chosen);
     } else {
-      blocks(metric, n, k, first, mine);
+      blocks(metric, n, k, first, chosen);
     }
-    for (int64_t i = 0; i < k; ++i) mine[i] += ends[item];
+    for (int64_t i = 0; i < k; ++i) chosen[i] += ends[item];
   });
+  const auto found = std::find_if(first_bad.begin(), first_bad.end(), [](int64_t row) { return row >= 0; });
+  report(bad, 0, found == first_bad.end() ? -1 : *found);
 }
 
 }  // namespace mmcompress::cpu

@@ -1,11 +1,13 @@
 // k-means++ seeds on a running minimum of distances, and Lloyd iterations: rows are prepared once for all of them.
+#include "coarse.h"
 #include "kernels.h"
 #include "merge.h"
 
 namespace mmcompress::cpu {
 
 void kmeans_pp(Tensor x_tensor, Tensor uniform_tensor, bool cosine, double eps, bool check, Tensor picks_tensor, Tensor bad) {
-  const Matrix x{Rows(x_tensor)};
+  const Rows rows(x_tensor);
+  const Matrix x(rows);
   report(bad, 0, check ? x.first_bad() : -1);
   if (check && x.first_bad() >= 0) return;
   const auto* uniform = in<double>(uniform_tensor);
@@ -13,6 +15,15 @@ void kmeans_pp(Tensor x_tensor, Tensor uniform_tensor, bool cosine, double eps, 
   const int64_t n = x.num(), k = picks_tensor.size(0);
   Buffer<float> minimum(n);
   std::fill(minimum.data(), minimum.data() + n, std::numeric_limits<float>::infinity());
+  std::optional<Coarse> coarse;
+  std::optional<CoarseColumns> columns;
+  if (k > 2 && Coarse::pays(n, n, rows.width)) {
+    const std::vector<float> all = weights(x, 0, n, cosine);
+    const auto weight = [&](int64_t i) { return all[i]; };
+    coarse.emplace(rows, weight, Coarse::center(rows, weight), Coarse::kRight);
+    columns.emplace(*coarse, [](int64_t) { return 0.0f; });
+  }
+  Buffer<float> strip(coarse ? kStrip * coarse->words() : 0);
   int64_t pick = std::min<int64_t>(static_cast<int64_t>(uniform[0] * static_cast<double>(n)), n - 1);
   for (int64_t step = 0; step < k; ++step) {
     if (step > 0) {
@@ -31,19 +42,34 @@ void kmeans_pp(Tensor x_tensor, Tensor uniform_tensor, bool cosine, double eps, 
     }
     picks[step] = pick;
     const float* to = x.row(pick);
-    parallel_for(0, (n + kDots - 1) / kDots, 16, [&](int64_t begin, int64_t end) {
-      const float* rows[kDots];
-      float dot[kDots];
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kDots;
-        const int count = static_cast<int>(std::min<int64_t>(kDots, n - first));
-        for (int i = 0; i < count; ++i) rows[i] = x.row(first + i);
-        x.products().dots(rows, count, &to, 1, x.words(), dot, 1);
-        for (int i = 0; i < count; ++i) {
-          const int64_t row = first + i;
-          const float limit = cosine ? 1.0f : (x.square(row) + x.square(pick)) / 2;
-          const float half = limit - (cosine ? dot[i] * (x.reciprocal(pick) * x.reciprocal(row)) : dot[i]);
-          minimum[row] = std::min(minimum[row], 2 * snap(half, limit));
+    const auto limit = [&](int64_t row) { return cosine ? 1.0f : (x.square(row) + x.square(pick)) / 2; };
+    if (coarse) flip_side(coarse->row(pick), coarse->words(), strip.data(), kStrip);
+    const RowTerms terms = coarse ? coarse->terms(pick, 1, coarse->slack(coarse->length(pick), columns->longest())) : RowTerms{};
+    parallel_for(0, (n + kCols - 1) / kCols, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * kCols, last = std::min(n, first + kCols);
+        float up[kCols];
+        if (coarse) {
+          columns->products(strip.data(), 1, coarse->words(), group, up);
+          columns->bound(up, terms, group, up);
+        }
+        const float* row[kDots];
+        int64_t ids[kDots];
+        int count = 0;
+        for (int64_t i = first; i < last; ++i) {
+          const float least = coarse ? limit(i) - up[i - first] : 0;  // half the distance is at least this
+          if (!coarse || !(2 * least >= minimum[i] && least > kTie * limit(i))) {
+            row[count] = x.row(i);
+            ids[count++] = i;
+          }
+          if (count < kDots && i + 1 < last) continue;
+          float dot[kDots];
+          x.products().dots(row, count, &to, 1, x.words(), dot, 1);
+          for (int t = 0; t < count; ++t) {
+            const float half = limit(ids[t]) - (cosine ? dot[t] * (x.reciprocal(pick) * x.reciprocal(ids[t])) : dot[t]);
+            minimum[ids[t]] = std::min(minimum[ids[t]], 2 * snap(half, limit(ids[t])));
+          }
+          count = 0;
         }
       }
     });
@@ -66,32 +92,40 @@ void kmeans_lloyd(Tensor x_tensor, Tensor offsets, int64_t iterations, bool cosi
   for_items(num_items, [&](int64_t item) {
     const int64_t first = ends[item], n = ends[item + 1] - first;
     float* centroid = centroids + item * k * width;
-    Columns columns(x.products(), x.words(), k);
+    Targets targets(k);
+    std::vector<int64_t> last;
+    const bool screened = Coarse::pays(n, k, width);
+    std::optional<Left> left;
+    std::vector<float> less;
+    if (screened) {
+      const Rows mine = rows.part(first, n);
+      std::vector<float> weight = weights(x, first, n, cosine);
+      less = Coarse::center(mine, [&](int64_t i) { return weight[i]; });
+      left.emplace(x, first, mine, std::move(weight), less);
+    }
     for (int64_t step = 0; step < iterations; ++step) {
-      std::vector<float> square(k);
-      for (int64_t j = 0; j < k; ++j) square[j] = use.square(centroid + j * width, Element::f32, width);
-      columns.fill(
-          k, [&](int64_t j) { return centroid + j * width; },
-          [&](int64_t j) { return !cosine                  ? 1.0f
-                                  : square[j] > kMinSquare ? 1 / std::sqrt(square[j])
-                                                           : 0.0f; },
-          [&](int64_t j) { return cosine ? 0.0f : -square[j] / 2; });
-      tiles(x, first, first + n, columns, [&](int64_t row, int count, int64_t group, const float* c) {
-        for (int r = 0; r < count; ++r) {
-          if (group == 0) {
-            best[row + r] = -std::numeric_limits<float>::infinity();
-            assignment[row + r] = 0;
-          }
-          use.argmax(c + r * kCols, columns.scale(group), columns.bias(group), columns.columns(group), group * kCols, &best[row + r],
-                     &assignment[row + r]);
-        }
-      });
+      for (int64_t j = 0; j < k; ++j) {
+        const float square = use.square(centroid + j * width, Element::f32, width);
+        targets.row[j] = centroid + j * width;
+        targets.scale[j] = !cosine ? 1.0f : square > kMinSquare ? 1 / std::sqrt(square) : 0.0f;
+        targets.bias[j] = cosine ? 0.0f : -square / 2;
+      }
+      if (screened) {
+        const Coarse right(Rows(centroid, Type::f32, k, width), [&](int64_t j) { return targets.scale[j]; }, less, Coarse::kRight);
+        argmax_rows(*left, targets, right, best.data(), assignment);
+      } else {
+        argmax_rows(x, first, first + n, targets, best.data(), assignment);
+      }
       const Groups groups(assignment + first, n, k);
+      std::vector<char> changed(k, step == 0);  // a cluster with the same rows keeps its centroid
+      for (int64_t i = 0; i < n && step > 0; ++i)
+        if (assignment[first + i] != last[i]) changed[assignment[first + i]] = changed[last[i]] = 1;
+      last.assign(assignment + first, assignment + first + n);
       parallel_for(0, k, 1, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) {
           const int64_t from = groups.start[j], to = groups.start[j + 1];
           size[item * k + j] = to - from;
-          if (from == to) continue;  // an empty cluster keeps its centroid
+          if (from == to || !changed[j]) continue;  // an empty cluster keeps its centroid
           float* sum = centroid + j * width;
           std::memset(sum, 0, width * sizeof(float));
           for (int64_t i = from; i < to; ++i) {

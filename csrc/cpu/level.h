@@ -9,6 +9,7 @@ constexpr int kRows = 96;  // rows of a tile of products
 constexpr int kCols = 64;  // columns of a tile of products
 constexpr int kStrip = 6;  // rows that share the registers
 constexpr int kDots = 16;  // rows that one call of `dots` may take
+constexpr int kNarrow = 16;
 
 enum class Element { f32, bf16, f16 };  // the order of mmcompress::Type
 
@@ -22,10 +23,29 @@ struct Products {
   void (*dots)(const float* const* a, int num_a, const float* const* b, int num_b, int64_t words, float* out, int64_t out_stride);
 };
 
+// A row in eight bits (coarse.h): z = weight row - center is near scale q, with q in -127 … 127.
+struct Code {
+  float scale, length, error, lift;  // length |z|, error |z - scale q|, lift z . center
+  int32_t sum;                       // of q
+};
+
+constexpr int kTerms = 6;  // arrays of kCols per group of coded columns: 128 sum (int32), scale, lift, error, length, bias
+struct RowTerms {
+  float scale, length, error, weight, slack;
+};
+
 struct Level {
   const char* name;
   Products f32;
-  const Products* bf16;  // null: bfloat16 rows are widened to float first
+  const Products* bf16;   // null: bfloat16 rows are widened to float first
+  const Products* bytes;  // of codes, four to a word, a with q + 128 and b with q; results are int32 bits. Null: no fast instruction
+  // The code of a row; its bytes are q xor flip. `less` is -center; it and `work` are as long as whole vectors of the row.
+  Code (*code)(const void* row, Element type, int64_t width, float weight, const float* less, float* work, uint8_t flip,
+               uint8_t* bytes);
+  // c[i * kNarrow + j] = a_i . b_j for up to kStrip rows of codes at any address and one panel [word][kNarrow] of columns.
+  void (*narrow)(const float* const* a, int rows, const float* panel, int64_t words, float* c);
+  // Upper bounds of `columns` values (whole vectors) from products of codes; returns the largest.
+  float (*bound)(const float* c, const float* terms, const RowTerms& row, int columns, float* up);
   // value_j = c_j scale_j + bias_j; where the largest exceeds *best, it and its column (the first) are written.
   void (*argmax)(const float* c, const float* scale, const float* bias, int columns, int64_t first_column, float* best,
                  int64_t* index);

@@ -63,6 +63,33 @@ void tile(const float* a, int64_t a_stride, bool strips, int rows, const float* 
   }
 }
 
+template <class S, int R>
+void narrow_rows(const float* const* a, const float* panel, int64_t words, float* c) {
+  static_assert(S::kLanes == kNarrow, "a panel is one vector wide");
+  typename S::Sum sum[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sum[r] = S::zero();
+  for (int64_t w = 0; w < words; ++w) {
+    const typename S::Data column = S::load(panel + w * kNarrow);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r] = S::multiply_add(S::broadcast(a[r] + w), column, sum[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) S::store(c + r * kNarrow, sum[r]);
+}
+
+template <class S>
+void narrow(const float* const* a, int rows, const float* panel, int64_t words, float* c) {
+  switch (rows) {
+    case 1: return narrow_rows<S, 1>(a, panel, words, c);
+    case 2: return narrow_rows<S, 2>(a, panel, words, c);
+    case 3: return narrow_rows<S, 3>(a, panel, words, c);
+    case 4: return narrow_rows<S, 4>(a, panel, words, c);
+    case 5: return narrow_rows<S, 5>(a, panel, words, c);
+    default: return narrow_rows<S, 6>(a, panel, words, c);
+  }
+}
+
 template <class S, int A, int B>
 void dot_rows(const float* const* a, const float* const* b, int64_t words, float* out, int64_t out_stride) {
   typename S::Sum sum[A][B];
@@ -259,10 +286,46 @@ void round(const float* sum, float factor, Element type, int64_t width, void* ou
 }
 
 template <class S>
+Code code(const void* row, Element type, int64_t width, float weight, const float* less, float* work, uint8_t flip, uint8_t* bytes) {
+  constexpr float kMagic = 12582912.0f;  // adding it rounds to an integer, which stands in the lowest bits
+  const int64_t padded = (width + S::kLanes - 1) / S::kLanes * S::kLanes;
+  widen<S>(row, type, width, work);
+  for (int64_t i = width; i < padded; ++i) work[i] = 0;
+  const typename S::Sum w = S::set(weight), minus = S::set(-1);
+  typename S::Sum most = S::zero(), square = S::zero(), lift = S::zero();
+  for (int64_t i = 0; i < padded; i += S::kLanes) {
+    const typename S::Sum to = S::load_sum(less + i), z = S::multiply_add(w, S::load_sum(work + i), to);
+    most = S::larger(most, S::larger(z, S::times(z, minus)));
+    square = S::multiply_add(z, z, square);
+    lift = S::multiply_add(z, to, lift);
+    S::store(work + i, z);
+  }
+  const float top = S::largest(most), inverse = top > 1e-30f ? 127 / top : 0, scale = top > 1e-30f ? top / 127 : 0;
+  const typename S::Sum factor = S::set(inverse), back = S::set(-scale), magic = S::set(kMagic), unmagic = S::set(-kMagic);
+  typename S::Sum error = S::zero(), sum = S::zero();
+  for (int64_t i = 0; i < padded; i += S::kLanes) {
+    const typename S::Sum z = S::load_sum(work + i), shifted = S::plus(S::times(z, factor), magic), q = S::plus(shifted, unmagic);
+    const typename S::Sum e = S::multiply_add(back, q, z);
+    error = S::multiply_add(e, e, error);
+    sum = S::plus(sum, q);
+    S::store(work + i, shifted);
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, work + i, 4);
+    bytes[i] = static_cast<uint8_t>(bits & 255) ^ flip;
+  }
+  for (int64_t i = width; i % 4; ++i) bytes[i] = 0;
+  constexpr float kUp = 1.00001f;  // the rounding of the sums
+  return {scale, __builtin_sqrtf(S::total(square)) * kUp, __builtin_sqrtf(S::total(error)) * kUp, -S::total(lift),
+          top < 3e38f ? static_cast<int32_t>(S::total(sum)) : 0};
+}
+
+template <class S>
 constexpr Products products() {
   return {S::kVectors * S::kLanes, tile<S>, dots<S>};
 }
 template <class S>
-constexpr Level make_level(const char* name, const Products* bf16 = nullptr) {
-  return {name, products<S>(), bf16, argmax<S>, square<S>, widen<S>, add<S>, round<S>};
+constexpr Level make_level(const char* name) {
+  return {name, products<S>(), nullptr, nullptr, nullptr, nullptr, nullptr, argmax<S>, square<S>, widen<S>, add<S>, round<S>};
 }

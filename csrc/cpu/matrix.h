@@ -108,11 +108,17 @@ class Columns {
 
 // Rows as strips of kStrip rows, [strip][word][row].
 void pack_strips(const float* const* rows, int num, int64_t words, float* packed);
+template <class A>
+void pack_strips(const A& a, int64_t first, int num, float* packed) {
+  const float* rows[kRows];
+  for (int r = 0; r < num; ++r) rows[r] = a.row(first + r);
+  pack_strips(rows, num, a.words(), packed);
+}
 
 // For tiles of rows [begin, end) by groups of columns: f(first row, rows, group, products [rows][kCols]). Parallel over blocks of
 // rows; a block sees its groups from left to right, starting at first_group(first row).
-template <class F, class G>
-void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G first_group, F f) {
+template <class A, class F, class G>
+void tiles(const A& a, int64_t begin, int64_t end, const Columns& b, G first_group, F f) {
   const bool strips = b.groups() >= 4;  // packing the rows pays when they are read several times
   parallel_for(0, (end - begin + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
     alignas(64) float c[kRows * kCols];
@@ -120,11 +126,7 @@ void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G firs
     for (int64_t block = first; block < last; ++block) {
       const int64_t row = begin + block * kRows;
       const int rows = static_cast<int>(std::min<int64_t>(kRows, end - row));
-      if (strips) {
-        const float* pointers[kRows];
-        for (int r = 0; r < rows; ++r) pointers[r] = a.row(row + r);
-        pack_strips(pointers, rows, a.words(), packed.data());
-      }
+      if (strips) pack_strips(a, row, rows, packed.data());
       for (int64_t group = first_group(row); group < b.groups(); ++group) {
         a.products().tile(strips ? packed.data() : a.row(row), a.stride(), strips, rows, b.group(group),
                           b.columns(group) / a.products().panel, a.words(), c);
@@ -133,8 +135,8 @@ void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, G firs
     }
   });
 }
-template <class F>
-void tiles(const Matrix& a, int64_t begin, int64_t end, const Columns& b, F f) {
+template <class A, class F>
+void tiles(const A& a, int64_t begin, int64_t end, const Columns& b, F f) {
   tiles(a, begin, end, b, [](int64_t) { return int64_t{0}; }, f);
 }
 
