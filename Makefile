@@ -33,7 +33,8 @@ sanitize: setup   ## the CPU operators' tests under the address and undefined-be
 	cd $(SANITIZED) && MMCOMPRESS_BUILD=cpu MMCOMPRESS_SANITIZE=1 MMCOMPRESS_EMULATE_AVX512=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
-	  tests/ops/test_hand_examples.py tests/ops/test_ops_decisions.py tests/ops/test_ops_errors.py tests/ops/test_ops_properties.py
+	  tests/ops/test_hand_examples.py tests/ops/test_ops_decisions.py tests/ops/test_ops_errors.py tests/ops/test_ops_properties.py \
+	  tests/ops/test_ops_screening.py
 
 demo: setup       ## questions about pictures, clips and recordings, uncompressed and compressed; writes demo/index.html
 	$(BIN)/mmcompress demo --out demo
