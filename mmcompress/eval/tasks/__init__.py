@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from mmcompress.eval.tasks.asr import AsrWer
 from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Sample, Scene, Task, normalise
 from mmcompress.eval.tasks.detail import Detail
 from mmcompress.eval.tasks.digits import SpokenDigits
@@ -18,6 +19,7 @@ from mmcompress.eval.tasks.video import VideoEvent, VideoOrder
 __all__ = [
     "SPLITS",
     "TASKS",
+    "AsrWer",
     "Box",
     "Detail",
     "Document",
@@ -42,7 +44,7 @@ __all__ = [
 
 _PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document, PhotoPresence)
 _CLIPS: tuple[type[Task], ...] = (VideoOrder, VideoEvent)
-_RECORDINGS: tuple[type[Task], ...] = (SoundOrder, SpokenDigits)
+_RECORDINGS: tuple[type[Task], ...] = (SoundOrder, SpokenDigits, AsrWer)
 TASKS: dict[str, type[Task]] = {t.name: t for t in (*_PICTURES, *_CLIPS, *_RECORDINGS)}
 """name -> class."""
 

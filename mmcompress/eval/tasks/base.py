@@ -140,8 +140,8 @@ class Task:
                 break
         return out[:n]
 
-    def score(self, sample: Sample, text: str) -> bool:
-        """True if the reply is an answer, or begins with one as a word of its own."""
+    def score(self, sample: Sample, text: str) -> float:
+        """How right a reply is, in 0..1: True if it is an answer, or begins with one as a word of its own."""
         words = normalise(text).split()
         return any(words[: len(a.split())] == a.split() for a in map(normalise, sample.answers))
 

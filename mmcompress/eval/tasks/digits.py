@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmcompress.eval.tasks.base import SPLITS, Box, Evidence, Mark, Question, Scene, Task, folder_of, rng_of
+from mmcompress.media import load_audio
 
 RATE = 16000
 SECONDS = 4.0
@@ -82,11 +83,4 @@ def _paths(folder: Path, split: str, speakers: str) -> list[Path]:
 @functools.lru_cache(maxsize=4096)
 def recording(path: Path) -> np.ndarray:
     """Mono sound of a file at 16 kHz, float32."""
-    try:
-        import soundfile
-        import torch
-        import torchaudio
-    except ImportError as e:
-        raise ImportError(f"reading {path.name} needs soundfile and torchaudio: pip install mmcompress[audio]") from e
-    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    return torchaudio.functional.resample(torch.from_numpy(wave.mean(1)), rate, RATE).numpy()
+    return load_audio(path, RATE)
