@@ -79,7 +79,11 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 
 def prepare(model: Any, processor: Any, question: Question) -> Any:
-    """The inputs of `model.generate` for one question. Raises ValueError for what this model does not take."""
+    """The inputs of `model.generate` for one question. Raises ValueError for what this model does not take.
+
+    A speech recogniser (Whisper) has no chat and answers no question: a prompt is the text said before, which it goes on from
+    as stock transformers does (`prompt_ids`); an empty one is left out.
+    """
     from mmcompress.models import family
 
     takes = family(model).modalities
@@ -103,13 +107,24 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
     if len(question.audio):
         arguments["audio"] = list(question.audio)
         arguments["sampling_rate"] = sampling_rate(processor)
+    if getattr(model.config, "is_encoder_decoder", False):
+        if len(question.audio) != 1:
+            raise ValueError(f"{type(model).__name__} takes one recording a question, got {len(question.audio)}")
+        inputs = processor(return_tensors="pt", **arguments)
+        if question.prompt.strip():
+            inputs["prompt_ids"] = processor.get_prompt_ids(question.prompt, return_tensors="pt")
+        return _fit(model, inputs)
     if getattr(processor, "chat_template", None):
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
         marks = [getattr(processor, f"{c['type']}_token") + "\n" for c in content]
         text = "".join(marks) + question.prompt
-    inputs = processor(text=[text], return_tensors="pt", **arguments).to(model.device)
-    dtype = next(model.parameters()).dtype
+    return _fit(model, processor(text=[text], return_tensors="pt", **arguments))
+
+
+def _fit(model: Any, inputs: Any) -> dict[str, Any]:
+    """The inputs on the model's device and, but for numbers that are no pixels or sound, in its dtype."""
+    inputs, dtype = inputs.to(model.device), next(model.parameters()).dtype
     return {k: v.to(dtype) if v.is_floating_point() and k not in _KEEP_DTYPE else v for k, v in inputs.items()}
 
 
@@ -150,7 +165,8 @@ def ask(model: Any, processor: Any, inputs: dict[str, Any], compressor: Compress
         end = time.perf_counter()
     if not run.ledger.samples:
         raise ValueError("the model saw no image, video or audio tokens: there is nothing to compress")
-    text = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    start_of_reply = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # encoder-decoders give the reply alone
+    text = processor.tokenizer.decode(out[0, start_of_reply:], skip_special_tokens=True).strip()
     return Answer(text, run.ledger, run.items, 1000 * ((first.at or end) - start), 1000 * (end - start))
 
 

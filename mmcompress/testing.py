@@ -121,7 +121,7 @@ def _llava_onevision(tower: str = "siglip", text: Mapping | None = None, vision:
     rest.setdefault("vision_feature_select_strategy", "full" if tower == "siglip" else "default")
     rest.setdefault("image_grid_pinpoints", PINPOINTS)
     text = _update(dict(TEXT, model_type="qwen2"), text)
-    special = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    special: dict[str, Any] = {"image_token_index": IMAGE, "video_token_index": VIDEO}
     return LlavaOnevisionConfig(text_config=text, vision_config=_update(TOWERS[tower], vision), **special, **rest)
 
 

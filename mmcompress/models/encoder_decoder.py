@@ -61,7 +61,7 @@ class EncoderDecoderSeam(Seam):
         return 0
 
     def install(self) -> None:
-        encoder = self.family.tower(self.family.core, KIND)
+        encoder: Any = self.family.tower(self.family.core, KIND)
         try:
             for module, name, make in (
                 (encoder, "forward", self.on_encoder),
@@ -79,7 +79,7 @@ class EncoderDecoderSeam(Seam):
                 out = forward(*args, **kw)
             x: Tensor = out[0]
             B, N = x.shape[:2]
-            flat = {r: self.family.signal(call, KIND, r) for r in self.encoder_reads}
+            flat: dict[str, Tensor] = {r: self.family.signal(call, KIND, r) for r in self.encoder_reads}
             specs = [ItemSpec.lattice(KIND, (N, 1, 1), b * N) for b in range(B)]
             self.items = [self.item(spec, b, torch.arange(N), x, flat) for b, spec in enumerate(specs)]
             counts = [ItemCount(KIND, N, 0, {0: N}) for _ in specs]

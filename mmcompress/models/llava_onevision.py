@@ -53,7 +53,8 @@ class LlavaOnevision(Family):
                 out.append(shrunk(side, int(h // ratio), int(w // ratio)))
             else:
                 spec = anyres(side, rows, columns, tuple(size))
-                out.append(replace(spec, source=spec.source + start))  # type: ignore[operator]
+                assert spec.source is not None
+                out.append(replace(spec, source=spec.source + start))
         return out
 
     def signal(self, call: Call, kind: str, name: str) -> Tensor:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 
+from mmcompress import create
+from mmcompress.ask import Question, ask, prepare
 from mmcompress.media import load_audio
 from mmcompress.zoo import load
 from mmcompress.zoo.wheels import read_ctranslate2
@@ -98,3 +100,24 @@ def test_reads_a_ctranslate2_file(tmp_path):
     path.write_bytes(file([], version=5))
     with pytest.raises(ValueError, match=r"model\.bin must be a CTranslate2 file of version 6, got version 5"):
         read_ctranslate2(path)
+
+
+def test_half_the_tokens_keep_the_transcript(zoo_asr):
+    """`ask` through the seam: 11 s at 750 of 1,500 tokens."""
+    if not READING.is_file():
+        pytest.skip("needs ../shared/data/speech_samples/two_cities.wav")
+    inputs = prepare(*zoo_asr, Question("", audio=[load_audio(READING, RATE)[: 11 * RATE]]))
+    assert "prompt_ids" not in inputs
+    answer = ask(*zoo_asr, inputs, create("pooling", keep_ratio=0.5), 48)
+    said = words(answer.text)
+    assert len(said) > 24 and said == words(WORDS)[: len(said)]
+    assert (answer.ledger.tokens_in, answer.ledger.tokens_kept) == (1500, 750)
+
+
+def test_a_prompt_is_what_was_said_before(zoo_asr):
+    inputs = prepare(*zoo_asr, Question("Hello there.", audio=[np.zeros(RATE, np.float32)]))
+    assert zoo_asr[1].tokenizer.decode(inputs["prompt_ids"]) == "<|startofprev|> Hello there."
+    with pytest.raises(ValueError, match="takes one recording a question, got 2"):
+        prepare(*zoo_asr, Question("", audio=[np.zeros(RATE, np.float32)] * 2))
+    with pytest.raises(ValueError, match="takes audio, got image"):
+        prepare(*zoo_asr, Question("", images=[None]))

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from zoo_contract import check_round_trip, prompt
 
-from mmcompress import zoo
+from mmcompress import create, zoo
+from mmcompress.ask import Question, prepare
 from mmcompress.zoo import _build
 from mmcompress.zoo.video import NUM_FRAMES
 
@@ -62,3 +63,13 @@ def test_a_model_without_its_parts_says_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, "parts_dir", lambda name: tmp_path)
     with pytest.raises(ValueError, match=r"got 'video': python -m mmcompress\.zoo\.train video"):
         zoo.load("video")
+
+
+def test_a_question_about_a_clip(zoo_video):
+    model, processor = zoo_video
+    clip = np.stack([np.asarray(f) for f in FRAMES]), list(range(0, 80, 10)), 25.0
+    batch = prepare(model, processor, Question("What is it?", videos=[clip]))
+    assert torch.equal(batch["pixel_values_videos"], inputs(processor).pixel_values_videos)
+    with torch.no_grad(), create("vidcom2", keep_ratio=0.25)(model) as run:
+        model(**batch)
+    assert (run.ledger.tokens_in, run.ledger.tokens_kept, run.ledger.separators) == (512, 128, 1)
