@@ -6,8 +6,8 @@ two).
 
 Features are DINOv2 tokens of real photographs (five crops of a picture, frames of a panning window), lifted to the width by a
 fixed random map; without the tower, patches of the photographs. Outputs are checked before anything is timed: a wrong index
-makes the exit status 1. Peers that are not installed (`pip install -e ".[bench]"`) are reported as such. Loops of papers are
-written here from their description.
+makes the exit status 1. Peers that are not installed are reported as such: `pip install --no-build-isolation -e ".[bench]"`,
+and `pip install fpsample` (built from source) for the full run. Loops of papers are written here from their description.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ struct Left {
         strips((rows.num + kStrip - 1) / kStrip * kStrip * codes.words()) {
     parallel_for(0, (rows.num + kRows - 1) / kRows, 1, [&](int64_t from, int64_t to) {
       for (int64_t row = from * kRows; row < std::min(to * kRows, rows.num); row += kRows)
-        pack_strips(codes, row, static_cast<int>(std::min<int64_t>(kRows, rows.num - row)), strips.data() + row * codes.words());
+        strips_of(codes, row, static_cast<int>(std::min<int64_t>(kRows, rows.num - row)), strips.data() + row * codes.words());
     });
   }
 };

@@ -109,7 +109,7 @@ class Columns {
 // Rows as strips of kStrip rows, [strip][word][row].
 void pack_strips(const float* const* rows, int num, int64_t words, float* packed);
 template <class A>
-void pack_strips(const A& a, int64_t first, int num, float* packed) {
+void strips_of(const A& a, int64_t first, int num, float* packed) {
   const float* rows[kRows];
   for (int r = 0; r < num; ++r) rows[r] = a.row(first + r);
   pack_strips(rows, num, a.words(), packed);
@@ -126,7 +126,7 @@ void tiles(const A& a, int64_t begin, int64_t end, const Columns& b, G first_gro
     for (int64_t block = first; block < last; ++block) {
       const int64_t row = begin + block * kRows;
       const int rows = static_cast<int>(std::min<int64_t>(kRows, end - row));
-      if (strips) pack_strips(a, row, rows, packed.data());
+      if (strips) strips_of(a, row, rows, packed.data());
       for (int64_t group = first_group(row); group < b.groups(); ++group) {
         a.products().tile(strips ? packed.data() : a.row(row), a.stride(), strips, rows, b.group(group),
                           b.columns(group) / a.products().panel, a.words(), c);
