@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmcompress import create, viz
 from mmcompress.models.llava_next import anyres
+from mmcompress.testing import FAMILIES, tiny_inputs
 from mmcompress.tokens import Layout, Tokens
 
 
@@ -208,6 +209,18 @@ def test_ticks_are_round_and_few(seconds, wanted):
     assert times == wanted if wanted else 2 < len(times) <= 9
     assert times[0] == 0 and times[-1] <= seconds
     assert len(viz.ticks(seconds, most=6)) <= 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_items_of_every_family_can_be_drawn(tiny, family):
+    with torch.inference_mode(), create("pooling", keep_ratio=0.5)(tiny(family)) as run:
+        tiny(family)(**tiny_inputs(family, batch_size=3))
+    assert run.items
+    for item in run.items:
+        shown = viz.views(item)
+        assert sum(v.kept for v in shown) == len(item.anchor) and sum(v.total for v in shown) == len(item.assignment)
+        assert len(shown) == (item.layout.grid[0] if item.layout.kind == "video" else 2 if item.layout.crops else 1)
+        assert item.layout.kind != "audio" or shown[0].output.shape == (1, len(item.assignment))
 
 
 def test_what_cannot_be_drawn_is_refused():
