@@ -15,6 +15,9 @@ from mmcompress.compressor import Merger
 from mmcompress.registry import register
 from mmcompress.tokens import Tokens, gather
 
+TIE = 1e-3
+"""Distances from the centroid that differ by less, relatively, are equal: those of two members alone always are."""
+
 
 @register
 class Kmeans(Merger):
@@ -40,11 +43,11 @@ class Kmeans(Merger):
             return column, column
         label, centroid = self.clusters(x, K)
         distance = (x - gather(centroid, label)).square().sum(-1)
-        order = distance.argsort(dim=1, stable=True)
-        order = order.gather(1, label.gather(1, order).argsort(dim=1, stable=True))  # by cluster, then distance, then column
-        count = torch.zeros(B, K, dtype=torch.long, device=x.device).scatter_add(1, label, torch.ones_like(label))
-        empty = count == 0
-        center = order.gather(1, (count.cumsum(1) - count).clamp(max=N - 1))  # nearest to its centroid, or rubbish
+        nearest = torch.full((B, K), torch.inf, device=x.device).scatter_reduce(1, label, distance, "amin")
+        central = distance <= nearest.gather(1, label) * (1 + TIE)
+        center = torch.full_like(label[:, :K], N).scatter_reduce(1, label, torch.where(central, column, N), "amin")
+        empty = center == N
+        center = center.clamp(max=N - 1)  # of an empty cluster: rubbish
         taken = torch.zeros(B, N, device=x.device).scatter_add(1, center, (~empty).float()) > 0
         far = distance.masked_fill(taken, -1).argsort(dim=1, descending=True, stable=True)
         center = torch.where(empty, far.gather(1, (empty.cumsum(1) - 1).clamp(min=0)), center)

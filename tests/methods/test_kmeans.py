@@ -45,3 +45,15 @@ def test_seed():
 def test_bad_fields(fields):
     with pytest.raises(ValueError, match=rf"^{next(iter(fields))} must be .*got"):
         create("kmeans", **fields)
+
+
+def test_of_two_members_the_first_is_the_anchor():
+    """Both are as far from their mean, whatever float32 makes of it."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = (100 * torch.randn(40, 1, 7, generator=generator) + torch.randn(40, 2, 7, generator=generator)).flatten(0, 1)
+    out = create("kmeans", keep_ratio=0.5)(Tokens.of(pairs))
+    two = out.size[0] == 2
+    assert two.sum() > 20
+    for k, anchor in enumerate(out.anchor[0].tolist()):
+        if two[k]:
+            assert anchor == (out.assignment[0] == k).nonzero()[0, 0]
