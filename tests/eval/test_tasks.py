@@ -10,6 +10,7 @@ from mmcompress.eval.tasks import (
     Document,
     EasyVQA,
     PhotoPresence,
+    Receipts,
     Relations,
     SoundOrder,
     SpokenDigits,
@@ -23,7 +24,7 @@ from mmcompress.eval.tasks.easy_vqa import _facts
 
 GENERATED = (Detail("mixed"), Relations(), Document(), VideoOrder(), VideoEvent(), SoundOrder())
 """Tasks whose answers are drawn."""
-FROM_DATA = (SpokenDigits(), SpokenDigits("unseen"), PhotoPresence())
+FROM_DATA = (SpokenDigits(), SpokenDigits("unseen"), PhotoPresence(), Receipts())
 """Tasks that need ../shared/data; skipped where it is absent."""
 ALL = (EasyVQA(), Detail("small"), Detail("middle"), Detail("large"), *GENERATED, *FROM_DATA)
 
@@ -83,7 +84,10 @@ def test_evidence_lies_inside_the_item_and_answers_score(task, split):
         assert not task.score(s, "nothing of the kind") and s.topic
 
 
-@pytest.mark.parametrize("task", (*GENERATED, *FROM_DATA), ids=name, indirect=True)
+CLOSED = [t for t in (*GENERATED, *FROM_DATA) if t.name != "receipts"]  # whose answers are open: 25 of each topic
+
+
+@pytest.mark.parametrize("task", CLOSED, ids=name, indirect=True)
 def test_a_blind_guess_stays_near_chance(task):
     """The best fixed answer to a prompt of another seed, and to a topic of this one, are right as rarely as `chance` says."""
     asked, known = task.samples("test", 300, 11), task.samples("train", 300, 12)

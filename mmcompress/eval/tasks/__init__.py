@@ -12,6 +12,7 @@ from mmcompress.eval.tasks.document import Document
 from mmcompress.eval.tasks.draw import photo_paths
 from mmcompress.eval.tasks.easy_vqa import EasyVQA
 from mmcompress.eval.tasks.photo_presence import PhotoPresence
+from mmcompress.eval.tasks.receipts import Receipts
 from mmcompress.eval.tasks.relations import Relations
 from mmcompress.eval.tasks.sound import SoundOrder
 from mmcompress.eval.tasks.video import VideoEvent, VideoOrder
@@ -28,6 +29,7 @@ __all__ = [
     "Mark",
     "PhotoPresence",
     "Question",
+    "Receipts",
     "Relations",
     "Sample",
     "Scene",
@@ -42,7 +44,7 @@ __all__ = [
     "photo_paths",
 ]
 
-_PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document, PhotoPresence)
+_PICTURES: tuple[type[Task], ...] = (EasyVQA, Detail, Relations, Document, PhotoPresence, Receipts)
 _CLIPS: tuple[type[Task], ...] = (VideoOrder, VideoEvent)
 _RECORDINGS: tuple[type[Task], ...] = (SoundOrder, SpokenDigits, AsrWer)
 TASKS: dict[str, type[Task]] = {t.name: t for t in (*_PICTURES, *_CLIPS, *_RECORDINGS)}
