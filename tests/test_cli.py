@@ -476,3 +476,26 @@ def test_demo_asks_about_another_item_each_time():
     assert [task.name for task, _ in asked] == ["detail", "easy_vqa"] * 2
     assert len({s.item.tobytes() for _, s in asked}) == 4 and all(s.answers and s.prompt.endswith("?") for _, s in asked)
     assert asked[0][1].topic != asked[2][1].topic
+
+
+# the benchmark, on a tiny model
+
+
+def test_bench_measures_and_goes_on(capsys, model, tmp_path):
+    plan = ["bench", "--models", model("llava_next"), "--tasks", "detail", "--methods", "global_guided,vidcom2"]
+    plan += ["--keep-ratio", "0.5", "--n", "3", "--out", tmp_path]
+    out = result(capsys, *plan)
+    assert [r["label"] for r in out["rows"]] == ["none", "random_keep", "uniform_keep", "global_guided"]
+    assert [(o["label"], o["ratio"]) for o in out["not_run"]] == [("vidcom2", 0.5)]
+    assert {p.name for p in tmp_path.iterdir()} == {"results.jsonl", "results.json", "table.md", "plot.png"}
+    assert out["rows"][3]["tokens_kept"] == pytest.approx(out["rows"][3]["tokens_in"] / 2, abs=0.5)
+    assert all(r["evidence_recall"] is not None for r in out["rows"])
+    written = (tmp_path / "results.jsonl").read_text()
+    code, text, err = call(capsys, *plan)
+    assert code == 0 and (tmp_path / "results.jsonl").read_text() == written  # nothing was measured again
+    assert "global_guided" in text and "not run: vidcom2 at 0.5" in text and "plot.png" in text and "Traceback" not in err
+
+
+def test_bench_refuses_a_task_that_the_model_does_not_take(capsys, model, tmp_path):
+    plan = ["bench", "--models", model("qwen2_audio"), "--tasks", "detail", "--out", tmp_path]
+    refused(capsys, *plan, says="task detail asks about image items, Qwen2AudioForConditionalGeneration takes audio")

@@ -26,10 +26,11 @@ TEXT_SIGNALS = {"text", *ATTENTION}
 
 @dataclass
 class Reply:
-    """The greedy reply to one question, what its prefill counts, and the trace of its item."""
+    """The greedy reply to one question, what its prefill counts (one entry; of a long recording one per window), and the trace
+    of its item."""
 
     text: str
-    count: SampleCount
+    counts: list[SampleCount]
     item: Any
 
 
@@ -57,7 +58,7 @@ def answer(
     replies = []
     for inputs in prompts:
         one = ask(model, processor, inputs, compressor, max_new_tokens)
-        replies.append(Reply(one.text, one.ledger.samples[0], one.items[0] if one.items else None))
+        replies.append(Reply(one.text, one.ledger.samples, one.items[0] if one.items else None))
     return replies
 
 
@@ -102,7 +103,7 @@ def _share(
             held = cache if start + batch_size >= len(prompts) else copy.deepcopy(cache)
             held.batch_repeat_interleave(len(ends))
             text = _generate(model, processor, ids[:, :length], ends, held, max_new_tokens)
-            replies += [Reply(t, _longer(read, len(e)), item) for t, e in zip(text, ends, strict=True)]
+            replies += [Reply(t, [_longer(read, len(e))], item) for t, e in zip(text, ends, strict=True)]
     return replies
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmcompress.eval.loop import RANDOM, UNCOMPRESSED, Difference, Result, boots
 from mmcompress.registry import create, did_you_mean, field_names, get_method
 
 CONTROLS = (RANDOM, "uniform_keep")
+PIECE = 8  # items after which a sweep that is stopped would go on
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 """Presets, in a checkout of the repository."""
 
@@ -154,7 +156,7 @@ class Row:
     def of(cls, setting: Setting, results: Sequence[Result]) -> Row:
         first = results[0]
         total = {k: sum(r.ledger[k] for r in results) for k in first.ledger if first.ledger[k] is not None}
-        score, n = mean_scores(results), total["prefills"]
+        score, n = mean_scores(results), len(results) * first.n
         return cls(
             model=first.model,
             task=first.task,
@@ -209,7 +211,9 @@ def bench(
     from mmcompress.eval.tasks import create_task
 
     _plotting()
-    lines = out / f"{stem}.jsonl"
+    lines, pieces = out / f"{stem}.jsonl", out / f"{stem}.pieces.jsonl"
+    if fresh:
+        pieces.unlink(missing_ok=True)
     done = {} if fresh else {_key(r): r for r in read_lines(lines)}
     tasks = {name: create_task(name) for sweep in sweeps for name in sweep.tasks}
     names = list(dict.fromkeys(_model_name(m) for sweep in sweeps for m in sweep.models))
@@ -238,10 +242,9 @@ def bench(
                 missing = {k: s for k, s in zip(keys, settings, strict=True) if k not in done}
                 if missing:
                     wanted = [s.compressor for s in missing.values()]
-                    new = loop.sweep(
-                        model, processor, task, wanted, sweep.n, sweep.seed, model_name=name, samples=samples, progress=progress
-                    )
+                    new = _in_pieces(model, processor, task, wanted, samples, blank, pieces, progress)
                     loop.append(lines, [r for r in new if r.error is None])
+                    pieces.unlink(missing_ok=True)
                     done |= dict(zip(missing, new, strict=True))
                 for key, setting in zip(keys, settings, strict=True):
                     result = done[key]
@@ -262,6 +265,42 @@ def bench(
     report.blind = {f"{r.model} {r.task}": b for r in report.rows if (b := blind_accuracy(r.model, r.task)) is not None}
     write(report, out, stem)
     return report
+
+
+def _in_pieces(
+    model: Any,
+    processor: Any,
+    task: Any,
+    compressors: Sequence[Compressor],
+    samples: Sequence[Any],
+    blank: Result,
+    file: Path,
+    progress: bool,
+) -> list[Result]:
+    """One result per compressor, PIECE items at a time: what is done stands in `file` until the caller has it all."""
+    from mmcompress.eval import loop
+
+    items = [list(same) for _, same in groupby(samples, key=lambda s: id(s.item))]
+    held = {_key(r): r for r in read_lines(file)}
+    parts: list[list[Result]] = [[] for _ in compressors]
+    with loop.progress_bar(len(samples) * len(compressors), blank.task, progress) as bar:
+        for start in range(0, len(items), PIECE):
+            piece = [s for same in items[start : start + PIECE] for s in same]
+            part = replace(blank, samples=loop.fingerprint(piece))
+            keys = [_key(part, c) for c in compressors]
+            todo = [i for i, k in enumerate(keys) if k not in held and not (parts[i] and parts[i][-1].error)]
+            bar.update(len(piece) * (len(compressors) - len(todo)))
+            if todo:
+                chosen = [compressors[i] for i in todo]
+                new = loop.sweep(
+                    model, processor, task, chosen, seed=blank.seed, model_name=blank.model, samples=piece, progress=bar
+                )
+                loop.append(file, [r for r in new if r.error is None])
+                held |= {keys[i]: r for i, r in zip(todo, new, strict=True)}
+            for i, key in enumerate(keys):
+                if key in held:
+                    parts[i].append(held[key])
+    return [loop.join(p, blank.samples) for p in parts]
 
 
 def _model_name(name: str) -> str:
@@ -316,7 +355,11 @@ def blind_accuracy(model: str, task: str) -> float | None:
     from mmcompress import zoo
 
     name = model.removeprefix("zoo:")
-    if name not in zoo.list_models() or not (path := zoo.parts_dir(name) / "card.json").is_file():
+    if name not in zoo.list_models():
+        return None
+    folder = zoo.parts_dir(name)  # two models may share one
+    path = folder / ("card.json" if name == folder.name else f"card-{name}.json")
+    if not path.is_file():
         return None
     blind = json.loads(path.read_text(encoding="utf-8")).get("blind", {})
     base, _, size = task.partition(":")

@@ -7,6 +7,7 @@ difference is paired, question by question, and drawn by the same bootstrap.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -14,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ import numpy as np
 
 from mmcompress.compressor import Compressor
 from mmcompress.eval.tasks import Sample, Task, create_task
-from mmcompress.ledger import Decoder, Ledger
+from mmcompress.ledger import Ledger
 from mmcompress.registry import create
 
 DRAWS, LEVEL = 10_000, 0.95
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS, TRANSCRIPT = 8, 200
 UNCOMPRESSED, RANDOM = "none", "random_keep"
 
 
@@ -194,6 +195,25 @@ class Result:
             chance=line["chance"],
             differences={k: Difference(d["mean"], *d["interval"]) for k, d in line["differences"].items()},
         )
+
+
+def join(parts: Sequence[Result], samples: str) -> Result:
+    """One result of those of pieces, in order; `samples` is the fingerprint of the whole. The first error is the whole's."""
+    whole = replace(parts[0], samples=samples, scores=[], items=[], topics=[], recall=[], ledger={}, seconds=0.0)
+    for part in parts:
+        if part.error is not None:
+            return replace(whole, scores=[], items=[], topics=[], recall=[], error=part.error)
+        first = whole.items[-1] + 1 if whole.items else 0
+        whole.items += [first + i for i in part.items]
+        whole.scores += part.scores
+        whole.topics += part.topics
+        whole.recall += part.recall
+        whole.seconds += part.seconds
+        whole.shared = whole.shared or part.shared
+    names = [k for k in parts[0].ledger if k != "kept_ratio"]
+    whole.ledger = {k: sum(part.ledger[k] for part in parts) for k in names}
+    whole.ledger["kept_ratio"] = whole.ledger["tokens_kept"] / whole.ledger["tokens_in"]
+    return whole
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
@@ -382,12 +402,13 @@ def sweep(
     split: str = "test",
     max_new_tokens: int | None = None,
     batch_size: int = 16,
-    progress: bool = True,
+    progress: Any = True,
     samples: Sequence[Sample] | None = None,
 ) -> list[Result]:
     """Every compressor on the same n questions; one result each, in order, without differences.
 
-    max_new_tokens: of a reply; by default the task's, or 8. samples: in place of those of (split, n, seed).
+    max_new_tokens: of a reply; by default 8, of a speech recogniser 200. samples: in place of those of (split, n, seed).
+    progress: whether to show a bar on stderr, or a bar of tqdm that is there already.
     A compressor that does not work on this model or item gets a result with `error`, the others go on.
     """
     import torch
@@ -398,25 +419,26 @@ def sweep(
 
     check_task(model, task)
     asked = list(task.samples(split, n, seed) if samples is None else samples)
-    length = max_new_tokens or int(getattr(task, "max_new_tokens", MAX_NEW_TOKENS))
+    length = max_new_tokens or (TRANSCRIPT if getattr(model.config, "is_encoder_decoder", False) else MAX_NEW_TOKENS)
     where, print_of = environment(model), fingerprint(asked)
     name = task_name(task)
     results = [Result(model_name, name, c.config(), seed, print_of, chance=task.chance, environment=where) for c in compressors]
-    ledgers = [Ledger(_decoder(model)) for _ in compressors]
+    ledgers: dict[int, Ledger] = {}
     for result, compressor in zip(results, compressors, strict=True):  # what cannot run is known before anything is computed
         try:
             check_kinds(compressor, [task.kind])
-            with compressor(model):
-                pass
+            with compressor(model) as installed:
+                ledgers[id(result)] = Ledger(installed.ledger.decoder)
         except ValueError as error:
             result.error = str(error)
     scenes = [list(same) for _, same in groupby(asked, key=lambda s: id(s.item))]
     total = len(asked) * sum(r.error is None for r in results)
-    with encode_once(model), torch.inference_mode(), progress_bar(total, name, progress) as bar:
+    bar = progress_bar(total, name, progress) if isinstance(progress, bool) else contextlib.nullcontext(progress)
+    with encode_once(model), torch.inference_mode(), bar as shown:
         for index, scene in enumerate(scenes):
             prompts = [prepare(model, processor, question(task, s, processor)) for s in scene]
             shares = len(scene) > 1 and shared_length(model, prompts) > 0
-            for result, ledger, compressor in zip(results, ledgers, compressors, strict=True):
+            for result, compressor in zip(results, compressors, strict=True):
                 if result.error is not None:
                     continue
                 start = time.perf_counter()
@@ -432,11 +454,11 @@ def sweep(
                     result.items.append(index)
                     result.topics.append(sample.topic)
                     result.recall.append(_recall(reply.item, task, sample))
-                    ledger.samples.append(reply.count)
-                bar.update(len(scene))
-    for result, ledger in zip(results, ledgers, strict=True):
+                    ledgers[id(result)].samples += reply.counts
+                shown.update(len(scene))
+    for result in results:
         if result.error is None:
-            result.ledger = ledger.totals()
+            result.ledger = ledgers[id(result)].totals()
     return results
 
 
@@ -452,13 +474,6 @@ def task_name(task: Task) -> str:
     """The name that `create_task` takes: "detail:small" of Detail("small")."""
     value = getattr(task, task.setting, None) if task.setting else None
     return task.name if value is None else f"{task.name}:{value}"
-
-
-def _decoder(model: Any) -> Decoder:
-    from mmcompress.models import family
-
-    text = family(model).text
-    return Decoder.of(text.config, next(text.parameters()).element_size())
 
 
 def _recall(item: Any, task: Task, sample: Sample) -> float:

@@ -8,6 +8,7 @@ them; attention that is read inside the decoder counts as prefill.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,11 @@ def prefill_times(
             torch.cuda.synchronize(model.device)
 
     prompts = [prepare(model, processor, question(task, s, processor)) for s in samples[:8]]
-    inputs = max(prompts, key=lambda p: p["input_ids"].shape[1])
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs, prefill = prompts[0], functools.partial(model.generate, max_new_tokens=1, do_sample=False)
+    else:
+        inputs = max(prompts, key=lambda p: p["input_ids"].shape[1])
+        prefill = functools.partial(model, use_cache=True, logits_to_keep=1)
     chosen = list({(s.label, s.ratio): s for s in settings}.values())  # one seed stands for all
     whole: dict[int, list[float]] = {}
     own: dict[int, list[float]] = {}
@@ -90,7 +95,7 @@ def prefill_times(
                     with setting.compressor(model) as run, own_time(run._entered(), wait) as spent:
                         wait()
                         start = time.perf_counter()
-                        model(**inputs, use_cache=True, logits_to_keep=1)
+                        prefill(**inputs)
                         wait()
                         seconds = time.perf_counter() - start
                         sequence[i] = run.ledger.sequence_kept
