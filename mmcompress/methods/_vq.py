@@ -70,7 +70,7 @@ def reseed(x: Tensor, labels: Tensor, centroid: Tensor, size: Tensor) -> Tensor:
 
 def distortion(u: Tensor, clusters: Clusters) -> float:
     """Σ‖u − c‖² over the unit tokens u [N, D] and their centroids c."""
-    return float((u - clusters.centroid[clusters.labels]).double().square().sum())
+    return float((u - clusters.centroid[clusters.labels]).square().sum(-1).double().sum())
 
 
 def elbow(distortions: list[float], k_min: int, rule: str = "knee") -> int:
@@ -108,7 +108,8 @@ def choose(x: Tensor, k_min: int, k_max: int, rule: str, run: Callable[[int], Cl
     tried = [run(k) for k in range(k_min, k_max + 1)]
     if rule == "silhouette":
         return k_min + int(torch.tensor([silhouette(x, c.labels, seed) for c in tried]).argmax())
-    return min(elbow([distortion(unit(x), c) for c in tried], k_min, rule), len(x))
+    u = unit(x)
+    return min(elbow([distortion(u, c) for c in tried], k_min, rule), len(x))
 
 
 class TokenHash(NamedTuple):
