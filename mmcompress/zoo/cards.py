@@ -161,7 +161,7 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
     stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of two items; {sources})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [
-        f"**Recipe.** {'; then '.join(stages)}. Most steps show a random 3 to 40 % of the tokens and those that are "
+        f"**Recipe.** {'; then '.join(stages)}. Most steps show a random 3 to 25 % of the tokens and those that are "
         f"asked for, some all of them. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
         f"{run['versions']['torch']}, transformers {run['versions']['transformers']}.",
         f"```\npython -m mmcompress.zoo.train {name} --steps {run['answer']['steps']}\n"

@@ -37,19 +37,19 @@ PREFIX = "model.language_model."
 
 
 def choose(seen: Seen, share: float, rng: np.random.Generator) -> Tensor:
-    """The tokens of a step: a random share of all, and (mostly all of) those that show what a question may ask for."""
+    """The tokens of a step: a random share of all, and all or some of those that show what a question may ask for."""
     keep = torch.from_numpy(rng.random(len(seen.order)) < share)
     if share < 1:
-        rate = 1.0 if rng.random() < 0.7 else 0.5
+        rate = (1.0, 0.6, 0.35)[int(rng.integers(3))]
         keep |= seen.shows & torch.from_numpy(rng.random(len(keep)) < rate)
     return keep.nonzero()[:, 0]
 
 
 def share_of(rng: np.random.Generator, progress: float) -> float:
     """The share of tokens that a step shows; all of them in some steps, more often at the end."""
-    if rng.random() < (0.04 if progress < 0.8 else 0.25):
+    if rng.random() < (0.02 if progress < 0.8 else 0.2):
         return 1.0
-    return float(np.exp(rng.uniform(np.log(0.03), np.log(0.4))))
+    return float(np.exp(rng.uniform(np.log(0.03), np.log(0.25))))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,7 +171,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
             k = int(rng.choice(len(weights), p=weights))
             seen = scenes[k][int(rng.integers(len(scenes[k])))]
             share = share_of(rng, p)
-            asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[: 3 if share == 1 else 6]]
+            asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[: 3 if share == 1 else 5]]
             loss, right = readers[k](seen, asked, None if args.blind else choose(seen, share, rng))
             (loss / 2).backward()
             for question, ok in zip(asked, right, strict=True):
