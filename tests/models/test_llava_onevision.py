@@ -20,8 +20,8 @@ STAGES = {
 placements = pytest.mark.parametrize("name", STAGES)
 
 
-def batch(rows=None, family=FAMILY):
-    return tiny_inputs(family, ROWS, items=ITEMS, rows=rows)
+def batch(rows=None, family=FAMILY, items=ITEMS):
+    return tiny_inputs(family, ROWS, items=items, rows=rows)
 
 
 @placements
@@ -64,10 +64,10 @@ def test_keep_everything_is_bit_identical(tiny):
 @torch.no_grad()
 def test_beams_see_the_items_of_their_own_prompt(tiny):
     model, stages = tiny(FAMILY), Direction(keep_ratio=0.6)
-    config = {"max_new_tokens": STEPS, "num_beams": 3, "do_sample": False}
+    config, items = {"max_new_tokens": STEPS, "num_beams": 3, "do_sample": False}, [[0, 2], [1, 1], [2], []]
     with stages(model):
-        together = model.generate(**batch(), **config)[:, -STEPS:]
-        alone = [model.generate(**batch([r]), **config)[0, -STEPS:] for r in range(ROWS)]
+        together = model.generate(**batch(items=items), **config)[:, -STEPS:]
+        alone = [model.generate(**batch([r], items=items), **config)[0, -STEPS:] for r in range(ROWS)]
     assert torch.equal(together, torch.stack(alone))
 
 
