@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mmcompress.compressor import num_kept
+from mmcompress.eval.loop import bootstrap
 from mmcompress.eval.tasks import Task, create_task
 from mmcompress.zoo import _build, parts_dir
 from mmcompress.zoo.reader import Reader
@@ -86,9 +87,10 @@ def measure(name: str, model: Any, processor: Any, task: str, n: int, seed: int 
 def summary(rows: list[list[Any]], seed: int, topics: dict[str, list[bool]]) -> dict:
     """The figures of `measure` from the scores of each item's questions."""
     flat = [float(score) for r in rows for score in r]
+    item = [i for i, r in enumerate(rows) for _ in r]
     return {
         "accuracy": round(float(np.mean(flat)), 4),
-        "interval": [round(x, 4) for x in interval(rows, seed)],
+        "interval": [round(x, 4) for x in bootstrap(flat, item, seed)],
         "n": len(flat),
         "items": len(rows),
         "by_topic": {k: round(float(np.mean(v)), 4) for k, v in sorted(topics.items())},
@@ -105,15 +107,6 @@ def transcribe(model: Any, processor: Any, task: Any, n: int, seed: int) -> dict
         inputs = prepare(model, processor, Question(sample.prompt, audio=[sample.item]))
         scores.append([float(task.score(sample, ask(model, processor, inputs, create("none"), 200).text))])
     return summary(scores, seed, {})
-
-
-def interval(rows: list[list[Any]], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval over items of the mean; each item is a list of scores."""
-    rng = np.random.default_rng(seed)
-    good, total = np.array([float(sum(r)) for r in rows]), np.array([len(r) for r in rows])
-    picks = rng.integers(len(rows), size=(draws, len(rows)))
-    low, high = np.quantile(good[picks].sum(1) / total[picks].sum(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def main(argv: list[str] | None = None) -> None:

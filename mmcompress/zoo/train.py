@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
 from mmcompress.zoo import _build
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
@@ -74,20 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     train(args, RECIPES[args.name])
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 def train(args: argparse.Namespace, recipe: Recipe) -> None:
     torch.manual_seed(args.seed)
     if not args.resume:
         for file in (f for stage in ("see", "answer") for f in args.out.glob(f"{stage}.*")):
             file.unlink()
         shutil.rmtree(args.out / "seen", ignore_errors=True)
-    dtype = fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = pick_dtype(args.dtype)
     model, processor = _build(args.name, args.cache_dir)
     model.requires_grad_(False)
     out = args.out

@@ -14,7 +14,7 @@ from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
-from mmcompress.zoo.measure import interval, measure
+from mmcompress.zoo.measure import kept, measure, summary
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import sense_of
 from mmcompress.zoo.see import lesson
@@ -217,8 +217,19 @@ def test_lora_merges_to_the_same_output():
         merge_lora({}, lora_state(layers, "m."))
 
 
-def test_interval_widens_when_questions_of_an_item_agree():
-    loose, tied = [[True, False]] * 50, [[True, True], [False, False]] * 25
-    assert interval(loose) == (0.5, 0.5)
-    low, high = interval(tied)
-    assert low < 0.4 and high > 0.6
+def test_a_summary_counts_questions_and_items():
+    got = summary([[True, False], [True, True]], 0, {"b": [True], "a": [False, True, True]})
+    assert (got["accuracy"], got["n"], got["items"], got["by_topic"]) == (0.75, 4, 2, {"a": 0.6667, "b": 1.0})
+    assert got["interval"] == [0.5, 1.0]
+
+
+def test_a_tenth_of_the_tokens_keeps_newlines_and_the_evidence_first():
+    seen = hidden(next(create_task("detail").scenes("train", 1)))
+    seen.order = torch.arange(205)[:, None]
+    seen.order[[100, 204]] = -1
+    seen.shows = torch.zeros(205, dtype=torch.bool)
+    seen.shows[30:45] = True
+    random, evidence = (kept(seen, 0.1, np.random.default_rng(0), e).tolist() for e in (False, True))
+    for keep in (random, evidence):
+        assert len(keep) == 20 + 2 and {100, 204} <= set(keep) and keep == sorted(set(keep))
+    assert set(range(30, 45)) <= set(evidence) and len(set(random) & set(range(30, 45))) < 8
