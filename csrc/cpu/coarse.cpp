@@ -71,12 +71,16 @@ bool refine(const Matrix& a, int64_t row, float weight, const Targets& targets, 
   if (!(up[first] > -kInfinity)) return true;
   add(first);
   compute();
-  int64_t computed = 1;
+  const float limit = *best * weight;
+  int64_t candidates = 0;
+  for (int64_t group = 0; group < groups; ++group)
+    if (group_up[group] >= limit)
+      candidates += std::count_if(up + group * kCols, up + (group + 1) * kCols, [&](float bound) { return bound >= limit; });
+  if (candidates > most) return false;
   for (int64_t group = 0; group < groups; ++group) {
     if (!(group_up[group] >= *best * weight)) continue;
     for (int64_t j = group * kCols; j < (group + 1) * kCols; ++j) {
       if (j == first || !(up[j] >= *best * weight)) continue;
-      if (++computed > most) return false;
       add(j);
       if (count == 6) compute();
     }
