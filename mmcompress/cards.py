@@ -90,7 +90,13 @@ def family_table() -> str:
     return markdown(["family", "items", "encoder signals", "notes"], rows)
 
 
-TABLES = {"methods": method_table, "families": family_table}
+def zoo_table() -> str:
+    from mmcompress.zoo.cards import table
+
+    return table()
+
+
+TABLES = {"methods": method_table, "families": family_table, "zoo": zoo_table}
 
 
 def update(text: str) -> str:

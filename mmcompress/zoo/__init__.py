@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["list_models", "load", "parts_dir"]
+__all__ = ["card_of", "list_models", "load", "parts_dir"]
 
 _MODELS = {
     "asr": ("asr.asr", None),
@@ -35,6 +36,17 @@ def list_models() -> list[str]:
 def parts_dir(name: str) -> Path:
     """Directory of the trained parts that ship with the package; two models may share one."""
     return Path(__file__).parent / "parts" / (_entry(name)[1] or name)
+
+
+def card_file(name: str) -> Path:
+    """Where what was measured of a model is kept: card.json, of a model that shares another's parts card-NAME.json."""
+    folder = parts_dir(name)
+    return folder / ("card.json" if folder.name == name else f"card-{name}.json")
+
+
+def card_of(name: str) -> dict[str, Any]:
+    """What was measured of a model, and the hashes of its parts. Raises FileNotFoundError where it was never measured."""
+    return json.loads(card_file(name).read_text())
 
 
 def load(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, cache_dir: str | Path | None = None):

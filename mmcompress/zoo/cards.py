@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmcompress.cards import markdown
-from mmcompress.zoo import list_models, parts_dir
+from mmcompress.zoo import card_file, card_of, list_models
 from mmcompress.zoo.recipes import RECIPES
-from mmcompress.zoo.verify import card_of
 
 SMOLLM2 = ("language model", "smollm2-135m-instruct", "SmolLM2-135M-Instruct, dequantised from GGUF (Q4_1)")
 DINOV2 = (
@@ -146,8 +145,22 @@ def page(name: str, card: dict[str, Any]) -> str:
 
 
 def _file(name: str) -> str:
-    folder = parts_dir(name)
-    return f"mmcompress/zoo/parts/{folder.name}/" + ("card.json" if folder.name == name else f"card-{name}.json")
+    return "/".join(["mmcompress", "zoo", *card_file(name).parts[-3:]])
+
+
+def table() -> str:
+    """One line a model that was measured, for README.md."""
+    rows = []
+    for name in list_models():
+        if card_file(name).is_file():
+            card, about = card_of(name), ABOUT[name]
+            blind = card.get("blind", {})
+            figures = [
+                f"{task} {100 * got['accuracy']:.0f} %" + (f" ({100 * blind[task]['accuracy']:.0f} %)" if task in blind else "")
+                for task, got in card["measured"].items()
+            ]
+            rows.append([f"[`{name}`](model_cards/zoo_{name}.md)", about.title, ", ".join(figures)])
+    return markdown(["model", "what it is", "accuracy with all tokens (trained blind)"], rows)
 
 
 def _training(name: str, card: dict[str, Any]) -> list[str]:
@@ -176,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the cards of all models that were measured."""
     folder = Path((arguments if arguments is not None else sys.argv[1:] or ["model_cards"])[0])
     for name in list_models():
-        if (parts_dir(name) / Path(_file(name)).name).is_file():
+        if card_file(name).is_file():
             (folder / f"zoo_{name}.md").write_text(page(name, card_of(name)))
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mmcompress.compressor import num_kept
 from mmcompress.eval.loop import bootstrap
 from mmcompress.eval.tasks import Task, create_task
-from mmcompress.zoo import _build, parts_dir
+from mmcompress.zoo import _build, card_file, parts_dir
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, TASKS, sense_of
 from mmcompress.zoo.sense import NEWLINE, Seen, hidden
@@ -143,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             w.part: {"wheel": f"{w.name}=={w.version}", "licence": w.licence, "sha256": w.sha256} for w in WHEELS.values()
         },
     }
-    name = "card.json" if args.name == folder.name else f"card-{args.name}.json"
-    (folder / name).write_text(json.dumps(card, indent=1) + "\n")
+    card_file(args.name).write_text(json.dumps(card, indent=1) + "\n")
     for task in tasks:
         got, none = card["measured"][task], card.get("blind", {}).get(task, {"accuracy": float("nan")})
         print(

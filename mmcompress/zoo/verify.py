@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from mmcompress.zoo import list_models, load, parts_dir
+from mmcompress.zoo import card_of, list_models, load, parts_dir
 from mmcompress.zoo.measure import measure
 from mmcompress.zoo.wheels import check_hash
-
-
-def card_of(name: str) -> dict[str, Any]:
-    """What was measured of a model, and the hashes of its parts. Raises FileNotFoundError where it was never measured."""
-    folder = parts_dir(name)
-    return json.loads((folder / ("card.json" if folder.name == name else f"card-{name}.json")).read_text())
 
 
 def verify(name: str, n: int, cache_dir: str | Path | None) -> list[str]:

@@ -7,10 +7,9 @@ import torch
 from zoo_contract import check_round_trip, prompt
 
 from mmcompress.eval.tasks import create_task, photo_paths
-from mmcompress.zoo import _build, load, parts_dir
+from mmcompress.zoo import _build, card_file, card_of, load, parts_dir
 from mmcompress.zoo.measure import measure
 from mmcompress.zoo.recipes import RECIPES, TASKS
-from mmcompress.zoo.verify import card_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_untrained_it_is_blind(zoo_image):
 
 
 def trained():
-    return [n for n in TASKS if (parts_dir(n) / "card.json").is_file()]
+    return [n for n in TASKS if card_file(n).is_file()]
 
 
 @pytest.mark.parametrize("name", trained())
