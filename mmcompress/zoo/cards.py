@@ -171,6 +171,8 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
     stages = []
     if "steps" in run.get("see", {}):
         stages.append(f"tower and projector learn to name what a token shows ({run['see']['steps']} steps of 8 views)")
+    if recipe.start:
+        stages.append(f"the trained parts of `{recipe.start}` are taken over")
     stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of two items; {sources})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [

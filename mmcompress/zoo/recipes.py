@@ -24,12 +24,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """see: steps of the first stage (0: the encoder stays as it is). tower: the model whose trained tower is taken over.
+    """see: steps of the first stage (0: the encoder stays as it is). start: the model from whose trained parts this one starts.
     answer: steps of the last stage, two items each. rates: peak learning rates of projector and LoRA."""
 
     sources: tuple[Source, ...]
     see: int = 0
-    tower: str | None = None
+    start: str | None = None
     answer: int = 1000
     rates: tuple[float, float] = (3e-4, 8e-4)
 
@@ -37,7 +37,7 @@ class Recipe:
 RECIPES = {
     "image": Recipe(
         see=620,
-        answer=650,
+        answer=850,
         sources=(
             Source("detail", 300, 0.32),
             Source("relations", 110, 0.12),
@@ -48,13 +48,13 @@ RECIPES = {
         ),
     ),
     "video": Recipe(
-        tower="image",
-        answer=500,
+        start="image",
+        answer=250,
         sources=(Source("video_order", 150, 0.42), Source("video_event", 220, 0.58)),
     ),
     "audio": Recipe(
         sources=(Source("spoken_digits", 380, 0.5), Source("sound_order", 160, 0.5)),
-        answer=400,
+        answer=700,
         rates=(1e-3, 8e-4),
     ),
     "mrope": Recipe(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
 from mmcompress.zoo import _build
-from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
+from mmcompress.zoo.lora import LoRALinear, add_lora_, lora_state, merge_lora
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
 from mmcompress.zoo.sense import Seen, Sense, hidden, store
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state of --out")
     parser.add_argument("--blind", action="store_true", help="hide the item: the baseline that a model must beat")
-    parser.add_argument("--tower", type=Path, default=None, help="tower.safetensors of a run to start from (the recipe's)")
+    parser.add_argument("--start", type=Path, default=None, help="folder of the run to start from, where the recipe has one")
     parser.add_argument("--threads", type=int, default=None, help="threads (all cores)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
     parser.add_argument("--cache-dir", type=Path, default=None, help="where the converted wheels are")
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     out = args.out
     report: dict[str, Any] = {}
     main_sense: Any = sense_of(args.name, model, processor)
-    if not args.blind and (recipe.see or recipe.tower):
+    if not args.blind and (recipe.see or recipe.start):
         report["see"] = _tower(args, recipe, main_sense, dtype)
     if args.until == "see":
         return
@@ -109,6 +109,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         return
     steps = args.steps or recipe.answer
     layers = add_lora_(model.model.language_model, torch.Generator().manual_seed(args.seed))
+    if recipe.start and not args.blind:
+        _take_over(_start(args, recipe), main_sense, layers)
     _answer(args, recipe, senses, scenes, layers, steps, report)
     _export(args, main_sense, layers, report)
 
@@ -119,15 +121,12 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
 
     eye = sense.eye
     parts = args.out / "tower.safetensors"
-    if recipe.tower:
-        file = args.tower or Path("runs") / recipe.tower / parts.name
+    if recipe.start:
+        lora = load_file(_start(args, recipe) / parts.name)
         state = {eye.tower_prefix + n: v.clone() for n, v in eye.tower.state_dict().items()}
-        merge_lora(state, load_file(file))
+        merge_lora(state, lora)
         eye.tower.load_state_dict({n.removeprefix(eye.tower_prefix): v for n, v in state.items()})
-        tensors = load_file(file.with_name("eye.safetensors"))
-        eye.mean, eye.std = tensors.pop("mean"), tensors.pop("std")
-        eye.projector.load_state_dict(tensors)
-        save_file(load_file(file), parts)
+        save_file(lora, parts)
         return {}
     eye.encoder.to(dtype)
     eye.projector.float()
@@ -138,6 +137,25 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
     projector = {k: v.detach().contiguous() for k, v in eye.projector.state_dict().items()}
     save_file({**projector, "mean": eye.mean, "std": eye.std}, args.out / "eye.safetensors")
     return {"steps": steps, **line}
+
+
+def _start(args: argparse.Namespace, recipe: Recipe) -> Path:
+    return args.start or Path("runs") / str(recipe.start)
+
+
+def _take_over(run: Path, sense: Any, layers: dict[str, LoRALinear]) -> None:
+    """Projector, newline and LoRA of a finished run, in place; the features' scale is taken out of the projector again."""
+    scale = load_file(run / "eye.safetensors")
+    sense.eye.mean, sense.eye.std = scale["mean"], scale["std"]
+    tensors = {n: v.float() for n, v in load_file(run / "projector.safetensors").items()}
+    weight, bias = (f"{sense.eye.projector_prefix}{sense.eye.ends[0]}.{n}" for n in ("weight", "bias"))
+    tensors[bias] = tensors[bias] + tensors[weight] @ sense.eye.mean
+    tensors[weight] = tensors[weight] * sense.eye.std
+    for name, p in sense.trained.items():
+        p.data.copy_(tensors[name])
+    for name, value in load_file(run / "lora.safetensors").items():
+        layer, _, which = name.removeprefix(PREFIX).rpartition(".weight.lora_")
+        getattr(layers[layer], which).data.copy_(value)
 
 
 def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]], layers, steps: int, report: dict) -> None:

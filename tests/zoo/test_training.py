@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mmcompress.ask import Question, prepare
 from mmcompress.eval.tasks import Box, Mark, create_task
@@ -19,7 +20,7 @@ from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import sense_of
 from mmcompress.zoo.see import lesson
 from mmcompress.zoo.sense import hidden, store
-from mmcompress.zoo.train import choose, main
+from mmcompress.zoo.train import PREFIX, _take_over, choose, main
 from mmcompress.zoo.views import TABLES, tables_of, view
 
 ITEM = {"image": "images", "video": "videos", "audio": "audio"}
@@ -130,6 +131,27 @@ def test_a_folded_projector_is_the_trained_one(kind):
         eye.projector.load_state_dict({n.removeprefix(eye.projector_prefix): v for n, v in folded.items()})
         eye.mean, eye.std = torch.zeros(()), torch.ones(())
         torch.testing.assert_close(eye.project(x), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_run_starts_from_another_s_parts(tmp_path):
+    """What `video` takes over from `image` computes what `image` computed."""
+    (one, processor), (two, _) = _build("image"), _build("video")
+    first, second = sense_of("image", one, processor), sense_of("video", two, processor)
+    first.eye.mean, first.eye.std = torch.randn(2304), torch.rand(2304) + 0.5
+    layers, others = (add_lora_(m.model.language_model, torch.Generator().manual_seed(s)) for s, m in enumerate((one, two)))
+    for layer in layers.values():
+        layer.b.data.normal_(std=0.1)
+    save_file({k: v.contiguous() for k, v in first.folded().items()}, tmp_path / "projector.safetensors")
+    save_file({k: v.contiguous() for k, v in lora_state(layers, PREFIX).items()}, tmp_path / "lora.safetensors")
+    save_file({"mean": first.eye.mean, "std": first.eye.std}, tmp_path / "eye.safetensors")
+    _take_over(tmp_path, second, others)
+    x = torch.randn(5, 2304)
+    torch.testing.assert_close(second.project(x), first.project(x), atol=1e-4, rtol=1e-4)
+    assert torch.equal(two.model.image_newline, one.model.image_newline)
+    embeds = torch.randn(1, 4, 576)
+    with torch.no_grad():
+        a, b = (m.model.language_model(inputs_embeds=embeds).last_hidden_state for m in (one, two))
+    assert torch.equal(a, b)
 
 
 class Toy:
