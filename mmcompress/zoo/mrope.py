@@ -16,9 +16,9 @@ from mmcompress.zoo.common import LANGUAGE, PATCH, PIXELS, SIDE, State, assemble
 DEPTH, HEADS, WIDTH = 8, 6, 384
 TOWER = "model.visual."
 MARKS = {"image": "<|image_pad|>", "video": "<|video_pad|>", "start": "<|vision_start|>", "end": "<|vision_end|>"}
-MROPE_SECTION = [3, 5, 24]
+MROPE_SECTION = [4, 4, 24]
 """Of a head's 32 frequencies, fastest first: time, height, width. In Qwen's proportions the width's fastest turns by 0.01 over
-all 16 columns, too little to be seen; in these the height's turn by 1.3 to 5.4, the width's by up to 0.9."""
+all 16 columns, too little to be seen; in these the height's turn by 1.3 to 3.8, the width's by up to 0.9."""
 GELU = 1.702  # x sigmoid(1.702 x) is within 0.021 of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415)
 SIZE = {"shortest_edge": 50_000, "longest_edge": int((16.99 * PATCH) ** 2)}
 """Least and most pixels. A square picture has 16 x 16 tokens, others up to 3 : 1 at least 256."""
