@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from mmcompress import zoo
 from mmcompress.compressor import Compressor
+from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
 from mmcompress.io import CONFIG, save_pretrained
 from mmcompress.registry import create
@@ -35,7 +36,6 @@ from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import sense_of
 from mmcompress.zoo.sense import NEWLINE, Seen, Sense, store
 from mmcompress.zoo.state import State
-from mmcompress.zoo.train import fast_dtype
 
 SIDE = GRID // 2  # tokens along a frame's edge
 QUESTIONS = 6  # of a clip in one step
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model, processor = zoo.load("video", cache_dir=args.cache_dir)
     model.requires_grad_(False)
-    dtype = fast_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = pick_dtype(args.dtype)
     for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
         part.to(dtype)
     sense = sense_of("video", model, processor)
