@@ -31,6 +31,7 @@ from mmcompress.zoo import _build
 from mmcompress.zoo.lora import LoRALinear, add_lora_, lora_state, merge_lora
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
+from mmcompress.zoo.see import scale_of, teach
 from mmcompress.zoo.sense import Seen, Sense, hidden, store
 from mmcompress.zoo.state import State
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state of --out")
     parser.add_argument("--blind", action="store_true", help="hide the item: the baseline that a model must beat")
-    parser.add_argument("--start", type=Path, default=None, help="folder of the run to start from, where the recipe has one")
+    parser.add_argument("--start", type=Path, default=None, help="folder of trained parts to go on from, of a run or shipped")
     parser.add_argument("--threads", type=int, default=None, help="threads (all cores)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
     parser.add_argument("--cache-dir", type=Path, default=None, help="where the converted wheels are")
@@ -87,8 +88,9 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     out = args.out
     report: dict[str, Any] = {}
     main_sense: Any = sense_of(args.name, model, processor)
-    if not args.blind and (recipe.see or recipe.start):
-        report["see"] = _tower(args, recipe, main_sense, dtype)
+    start = None if args.blind else args.start or (Path("runs") / recipe.start if recipe.start else None)
+    if not args.blind and (recipe.see or start):
+        report["see"] = _tower(args, recipe, main_sense, dtype, start)
     if args.until == "see":
         return
     model.to(dtype)
@@ -109,20 +111,18 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         return
     steps = args.steps or recipe.answer
     layers = add_lora_(model.model.language_model, torch.Generator().manual_seed(args.seed))
-    if recipe.start and not args.blind:
-        _take_over(_start(args, recipe), main_sense, layers)
+    if start:
+        _take_over(start, main_sense, layers, args.seed)
     _answer(args, recipe, senses, scenes, layers, steps, report)
     _export(args, main_sense, layers, report)
 
 
-def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dtype) -> dict[str, float]:
+def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dtype, start: Path | None) -> dict[str, float]:
     """First stage, in place; writes tower.safetensors."""
-    from mmcompress.zoo.see import teach
-
     eye = sense.eye
     parts = args.out / "tower.safetensors"
-    if recipe.start:
-        lora = load_file(_start(args, recipe) / parts.name)
+    if start:
+        lora = load_file(start / parts.name)
         state = {eye.tower_prefix + n: v.clone() for n, v in eye.tower.state_dict().items()}
         merge_lora(state, lora)
         eye.tower.load_state_dict({n.removeprefix(eye.tower_prefix): v for n, v in state.items()})
@@ -134,26 +134,19 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
     steps = args.see_steps or recipe.see
     layers, line = teach(eye, words, sense.processor.tokenizer, args.out, steps, args.seed)
     save_file({k: v.half().contiguous() for k, v in lora_state(layers, eye.tower_prefix).items()}, parts)
-    projector = {k: v.detach().contiguous() for k, v in eye.projector.state_dict().items()}
-    save_file({**projector, "mean": eye.mean, "std": eye.std}, args.out / "eye.safetensors")
     return {"steps": steps, **line}
 
 
-def _start(args: argparse.Namespace, recipe: Recipe) -> Path:
-    return args.start or Path("runs") / str(recipe.start)
-
-
-def _take_over(run: Path, sense: Any, layers: dict[str, LoRALinear]) -> None:
-    """Projector, newline and LoRA of a finished run, in place; the features' scale is taken out of the projector again."""
-    scale = load_file(run / "eye.safetensors")
-    sense.eye.mean, sense.eye.std = scale["mean"], scale["std"]
-    tensors = {n: v.float() for n, v in load_file(run / "projector.safetensors").items()}
+def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int) -> None:
+    """Projector, newline and LoRA of trained parts, in place; the features' scale is taken out of the projector again."""
+    sense.eye.mean, sense.eye.std = scale_of(sense.eye, seed)
+    tensors = {n: v.float() for n, v in load_file(parts / "projector.safetensors").items()}
     weight, bias = (f"{sense.eye.projector_prefix}{sense.eye.ends[0]}.{n}" for n in ("weight", "bias"))
     tensors[bias] = tensors[bias] + tensors[weight] @ sense.eye.mean
     tensors[weight] = tensors[weight] * sense.eye.std
     for name, p in sense.trained.items():
         p.data.copy_(tensors[name])
-    for name, value in load_file(run / "lora.safetensors").items():
+    for name, value in load_file(parts / "lora.safetensors").items():
         layer, _, which = name.removeprefix(PREFIX).rpartition(".weight.lora_")
         getattr(layers[layer], which).data.copy_(value)
 
