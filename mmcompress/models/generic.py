@@ -69,14 +69,13 @@ class Family:
     name: ClassVar[str] = "generic"
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     inputs: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
-    per_item: ClassVar[tuple[str, ...]] = (
-        "pixel_values",
-        "image_sizes",
-        "pixel_values_videos",
-        "input_features",
-        "feature_attention_mask",
-    )
-    """Arguments with one entry per item that transformers' own expansion for beams repeats per item instead of per sample."""
+    per_item: ClassVar[dict[str, tuple[str, ...]]] = {
+        "image": ("pixel_values", "image_sizes"),
+        "video": ("pixel_values_videos",),
+        "audio": ("input_features", "feature_attention_mask"),
+    }
+    """Arguments of each kind with one entry per item, which transformers' own expansion for beams repeats per item instead of
+    per sample."""
     offers: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[str] = ""
 

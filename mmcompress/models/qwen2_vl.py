@@ -12,7 +12,7 @@ from mmcompress.models.generic import Call, Family, ItemSpec
 class Qwen2VL(Family):
     name = "qwen2_vl"
     modalities = ("image", "video")
-    per_item = ()  # the model's own expansion repeats per sample
+    per_item = {}  # the model's own expansion repeats per sample
     offers = ("keys", "tower")
     notes = "m-RoPE positions kept; manual decode loops must pass position_ids (stock transformers)"
 

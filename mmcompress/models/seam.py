@@ -426,7 +426,7 @@ class Seam:
                         range(len(owner) * expand_size),
                         key=lambda i: (owner[i // expand_size], i % expand_size, i // expand_size),
                     )
-                    for name in self.family.per_item:
+                    for name in self.family.per_item[kind]:
                         if isinstance(value := out.get(name), Tensor):
                             if len(value) != len(order):
                                 raise ValueError(
