@@ -118,7 +118,9 @@ def page(name: str, card: dict[str, Any]) -> str:
         interval = f"{100 * low:.1f} to {100 * high:.1f} %"
         tenth = [f"{100 * card[k][task]['accuracy']:.1f} %" if k in card else "–" for k in ("random", "evidence")]
         shown = [f"{100 * got['accuracy']:.1f} %", interval, none, chance, *tenth]
-        rows.append([task, *shown, f"{got['n']} / {got['items']}", topics])
+        rows.append(
+            [task + (" (not learned)" if task in card["not_learned"] else ""), *shown, f"{got['n']} / {got['items']}", topics]
+        )
     head = ["task (test split)", "accuracy", "95 % interval", "blind-trained", "chance", "a tenth of the tokens, random"]
     head += ["a tenth, the answer's first", "questions / items", "by topic"]
     return (
@@ -156,7 +158,9 @@ def table() -> str:
             card, about = card_of(name), ABOUT[name]
             blind = card.get("blind", {})
             figures = [
-                f"{task} {100 * got['accuracy']:.0f} %" + (f" ({100 * blind[task]['accuracy']:.0f} %)" if task in blind else "")
+                f"{task} "
+                + ("not learned" if task in card["not_learned"] else f"{100 * got['accuracy']:.0f} %")
+                + (f" ({100 * blind[task]['accuracy']:.0f} %)" if task in blind else "")
                 for task, got in card["measured"].items()
             ]
             rows.append([f"[`{name}`](model_cards/zoo_{name}.md)", about.title, ", ".join(figures)])

@@ -55,7 +55,11 @@ class Eye:
 
     def project(self, x: Tensor) -> Tensor:
         """Rows of features -> embeddings of the language model, float32."""
-        return self.projector((x.float() - self.mean) / self.std)
+        return self.projector(self.scaled(x)).float()
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Rows of features as the projector takes them, in its dtype."""
+        return ((x.float() - self.mean) / self.std).to(next(self.projector.parameters()).dtype)
 
     @torch.no_grad()
     def calm_(self) -> None:
@@ -98,4 +102,4 @@ class QwenEye(Eye):
         return self.projector.ln_q(out.float())  # type: ignore[operator]
 
     def project(self, x: Tensor) -> Tensor:
-        return self.projector.mlp((x.float() - self.mean) / self.std)  # type: ignore[operator]
+        return self.projector.mlp(self.scaled(x)).float()  # type: ignore[operator]

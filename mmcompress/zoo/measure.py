@@ -143,6 +143,12 @@ def main(argv: list[str] | None = None) -> None:
             w.part: {"wheel": f"{w.name}=={w.version}", "licence": w.licence, "sha256": w.sha256} for w in WHEELS.values()
         },
     }
+    blind = card.get("blind", {})
+    card["not_learned"] = [  # a model without eyes would do as well
+        t
+        for t, got in card["measured"].items()
+        if got["interval"][0] <= max(blind[t]["accuracy"] if t in blind else 0.0, card["chance"][t])
+    ]
     card_file(args.name).write_text(json.dumps(card, indent=1) + "\n")
     for task in tasks:
         got, none = card["measured"][task], card.get("blind", {}).get(task, {"accuracy": float("nan")})

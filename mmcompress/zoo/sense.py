@@ -66,7 +66,7 @@ class Sense:
 
     def project(self, x: Tensor) -> Tensor:
         """Rows of features -> embeddings of the language model, float32."""
-        return self.projector(x.float())
+        return self.projector(x.to(next(self.projector.parameters()).dtype)).float()
 
     def folded(self) -> dict[str, Tensor]:
         """The trained visual tensors, the features' scale folded into them."""

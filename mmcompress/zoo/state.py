@@ -1,4 +1,4 @@
-"""A training's state on disk: parameters, optimizer moments and the step, in safetensors and JSON, replaced whole."""
+"""A training's state on disk: parameters, optimizer moments and step, in safetensors (NAME.state) and JSON, replaced whole."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class State:
                 tensors[f"{k}.{i}"] = v.contiguous()
         part = self.path.with_suffix(".tmp")
         save_file(tensors, part)
-        os.replace(part, self.path.with_suffix(".safetensors"))
+        os.replace(part, self.path.with_suffix(".state"))
         self.path.with_suffix(".json").write_text(json.dumps({"step": step, "cpu_minutes": self.cpu_minutes}))
 
     def load(self) -> int:
@@ -40,7 +40,7 @@ class State:
             return 0
         saved = json.loads(file.read_text())
         self.before = saved.get("cpu_minutes", 0.0)
-        tensors = load_file(self.path.with_suffix(".safetensors"))
+        tensors = load_file(self.path.with_suffix(".state"))
         for i, p in enumerate(self.parameters):
             p.data.copy_(tensors[f"p{i}"])
             moments = {k: tensors[f"{k}.{i}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mmcompress.zoo import card_of, list_models, load, parts_dir
+from mmcompress.zoo import card_file, card_of, list_models, load, parts_dir
 from mmcompress.zoo.measure import measure
 from mmcompress.zoo.wheels import check_hash
 
@@ -47,7 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as fresh:
-        problems = [p for n in args.names or list_models() for p in verify(n, args.n, None if args.use_cache else fresh)]
+        problems = []
+        for name in args.names or list_models():
+            if not args.names and not card_file(name).is_file():
+                print(f"{name}: not trained yet, nothing to verify", flush=True)
+                continue
+            problems += verify(name, args.n, None if args.use_cache else fresh)
     print("\n".join(problems) or "all as the cards say", file=sys.stderr if problems else sys.stdout)
     return 1 if problems else 0
 
