@@ -161,7 +161,8 @@ def _measured(args: argparse.Namespace, run: Path | None, blind: bool) -> dict[s
     """Of all tasks: "measured", and with a tenth of the tokens "random" and "evidence"; kept in the run's folder, done once."""
     file = None if run is None else run / f"measured-{args.name}.json"
     found: dict[str, dict[str, dict]] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
-    model, processor = _build(args.name, None, run)
+    shipped = parts_dir(args.name)
+    model, processor = _build(args.name, None, run or (shipped if any(shipped.glob("*.safetensors")) else None))
     model.to(getattr(torch, args.dtype))
     for task in TASKS[args.name]:
         if task in found.get("measured", {}):

@@ -162,6 +162,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     state = State(args.out / "answer", trained, optimizer)
     done = state.load()
+    report["answer"] = {"steps": done, "cpu_minutes": state.cpu_minutes}
     readers = [Reader(s) for s in senses]
     weights = np.array([s.weight for s in recipe.sources])
     weights = weights / weights.sum()
