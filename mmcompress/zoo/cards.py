@@ -136,7 +136,7 @@ def page(name: str, card: dict[str, Any]) -> str:
                 *_training(name, card),
                 f"**Data.** {about.data}",
                 "**Measured.** All tokens, greedy, the answer must be exact; the interval is a bootstrap over items. "
-                f"The blind-trained baseline had the same recipe with the items hidden. "
+                "The blind-trained baseline had the same recipe with the items hidden, and fewer steps. "
                 f"Weights in {card['measure_dtype']}; seed {card['measure_seed']}.",
                 markdown(head, rows),
                 f"**Limits.** {about.limits}",
