@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import time
@@ -35,7 +34,7 @@ from mmcompress.zoo.eye import GRID
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import sense_of
 from mmcompress.zoo.sense import NEWLINE, Seen, Sense, store
-from mmcompress.zoo.state import State
+from mmcompress.zoo.state import State, rate
 
 SIDE = GRID // 2  # tokens along a frame's edge
 QUESTIONS = 6  # of a clip in one step
@@ -103,7 +102,7 @@ def train(
     with (out / "log.jsonl").open("a") as log:
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="train", mininterval=10)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = lr * rate(step, steps)
             rng = np.random.default_rng([seed, step])  # a resumed run draws what an unbroken one would
             for _ in range(batch):
                 seen = clips[int(rng.integers(len(clips)))]

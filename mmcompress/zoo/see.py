@@ -8,7 +8,6 @@ show no mark go. The language model then reads pictures much as it reads text. V
 from __future__ import annotations
 
 import json
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +21,14 @@ from tqdm import tqdm
 from mmcompress.zoo.boxes import token_boxes, token_marks
 from mmcompress.zoo.eye import SIDE, TOKENS, Eye, normalised
 from mmcompress.zoo.lora import LoRALinear, add_lora_
-from mmcompress.zoo.state import State
+from mmcompress.zoo.state import State, rate
 from mmcompress.zoo.views import TABLES, tables_of, view
 
 BATCH, RANK, WARMUP = 8, 16, 60
 
 
 def scale_of(eye: Eye, seed: int, num: int = 32) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [W] of the untrained tower's features."""
+    """Mean and standard deviation [W] of the tower's features."""
     with torch.inference_mode():
         x = torch.cat([eye.features(normalised([view(seed, i)[0]])).float().flatten(0, 1) for i in range(num)])
     return x.mean(0).clone(), (x.std(0) + 1e-6).clone()
@@ -67,9 +66,7 @@ def teach(
             views = coming.result()
             coming = pool.submit(make, step + 1)
             for g in optimizer.param_groups:
-                g["lr"] = (
-                    g["peak"] * min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-                )
+                g["lr"] = g["peak"] * rate(step, steps, WARMUP)
             loss, right = lesson(eye, views, boxes, vector, tables, mean, np.random.default_rng([seed, step]))
             optimizer.zero_grad()
             loss.backward()

@@ -1,8 +1,10 @@
-"""A training's state on disk: parameters, optimizer moments and step, in safetensors (NAME.state) and JSON, replaced whole."""
+"""What every training here shares: its learning rate, and its state on disk (parameters, optimizer moments and step, in
+safetensors as NAME.state and in JSON, replaced whole)."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -10,6 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+
+def rate(step: int, steps: int, warmup: int = 30) -> float:
+    """The share of the peak learning rate: a linear warm-up, then half a cosine down to 0.02."""
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 class State:

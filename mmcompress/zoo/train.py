@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
@@ -33,7 +32,7 @@ from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
 from mmcompress.zoo.see import scale_of, teach
 from mmcompress.zoo.sense import Seen, Sense, hidden, store
-from mmcompress.zoo.state import State
+from mmcompress.zoo.state import State, rate
 
 PREFIX = "model.language_model."
 
@@ -171,7 +170,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="answer", mininterval=10)):
         p = step / steps
         for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * p)))
+            g["lr"] = g["peak"] * rate(step, steps)
         rng = np.random.default_rng([args.seed, step])
         for _ in range(2):
             k = int(rng.choice(len(weights), p=weights))

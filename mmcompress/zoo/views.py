@@ -19,10 +19,11 @@ from mmcompress.eval.tasks.draw import (
     font_of,
     photo_paths,
     tile_of,
+    touch,
 )
 from mmcompress.eval.tasks.easy_vqa import EASY_WORDS, EasyVQA
+from mmcompress.zoo.common import SIDE
 
-SIDE = 224
 MORE_WORDS = (  # what forms and pages say besides the words that are asked for
     *("name", "city", "street", "country", "date", "total", "price", "number", "code", "room", "day", "month", "year", "time"),
     *("animal", "fruit", "color", "item", "owner", "title", "topic", "team", "plant", "food", "tool", "size", "age"),
@@ -89,10 +90,7 @@ def _paste(rng, picture: Image.Image, marks: list[Mark], kind: str, words: tuple
     for _ in range(40):
         left, top = int(rng.integers(SIDE - tile.width)), int(rng.integers(SIDE - tile.height))
         box = Box(left, top, left + tile.width, top + tile.height)
-        if not any(
-            box.left < b.right + 3 and b.left < box.right + 3 and box.top < b.bottom + 3 and b.top < box.bottom + 3
-            for b in taken
-        ):
+        if not any(touch(box, b, 2) for b in taken):
             picture.paste(tile, box[:2], tile)
             marks.append(Mark(box, kind, words))
             return
