@@ -35,8 +35,9 @@ class Eye:
     projector_prefix = "model.multi_modal_projector."
     ends = ("linear_1", "linear_2")
     """The projector's first and last linear layer."""
-    places = True
-    """Teach where in its view a mark stands: one-dimensional positions do not say it."""
+    places: float = 52
+    """Teach the tokens of shapes at most this high (pixels) to say where in their view they stand: one-dimensional positions do
+    not. Larger ones are those of crops, whose places are not the picture's."""
 
     def __init__(self, model: Any) -> None:
         self.encoder: nn.Module = model.model.vision_tower
@@ -81,7 +82,7 @@ class QwenEye(Eye):
     tower_prefix = "model.visual.blocks."
     projector_prefix = "model.visual.merger."
     ends = ("mlp.0", "mlp.2")
-    places = False  # m-RoPE says where a token stands
+    places = 0  # m-RoPE says where a token stands
 
     def __init__(self, model: Any) -> None:
         self.encoder = model.model.visual

@@ -6,7 +6,7 @@ forward. Sequences are padded to a few lengths, since the CPU's bfloat16 kernels
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,44 +33,82 @@ class Reader:
 
         keep: the tokens that the model may see, ascending; None hides the item.
         """
+        losses, right = self.read([(seen, questions, keep)])
+        return losses.mean(), right
+
+    def read(self, items: list[tuple[Seen, list[Any], Tensor | None]]) -> tuple[Tensor, list[bool]]:
+        """Several items at once, none of which sees another: loss of every question, and whether it is answered right.
+
+        Items stand behind one another in rows that are as long as the longest needs.
+        """
+        lines = [self._line(*item) for item in items]
+        sizes = [len(line.block) for line in lines]
+        width = max(max(sizes), 2 * BLOCK)
+        width += -width % BLOCK
+        row, column, used = [], [], []  # where each item starts; the length of each row
+        for size in sizes:
+            fits = [r for r, n in enumerate(used) if n + size <= width]
+            if not fits:
+                used.append(0)
+            r = fits[0] if fits else len(used) - 1
+            row.append(r)
+            column.append(used[r])
+            used[r] += size
+        embed = self.model.get_input_embeddings()
+        x = embed.weight.new_zeros(len(used), width, embed.weight.shape[1])
+        place = torch.zeros(len(used), width, *lines[0].place.shape[:-1], dtype=torch.long)
+        owner, group = torch.full((2, len(used), width), -1)
+        where, target = [], []
+        for i, (line, r, c, size) in enumerate(zip(lines, row, column, sizes, strict=True)):
+            x[r, c : c + size] = line.embeds
+            place[r, c : c + size] = line.place.movedim(-1, 0)
+            owner[r, c : c + size] = i
+            group[r, c : c + size] = line.block
+            where += [w + r * width + c for w in line.where]
+            target += line.target
+        same, question = owner[:, None] == owner[:, :, None], group[:, None] == group[:, :, None]
+        mask = (same & ((group[:, None] == 0) | question)).tril()
+        hidden = self.text(
+            inputs_embeds=x,
+            attention_mask=torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)[:, None],
+            position_ids=place if place.dim() == 2 else place.movedim(-1, 0),
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+        logits = self.model.lm_head(hidden[torch.cat(where)]).float().split([len(t) for t in target])
+        losses = torch.stack([nn.functional.cross_entropy(x, t) for x, t in zip(logits, target, strict=True)])
+        return losses, [bool((x.argmax(-1) == t).all()) for x, t in zip(logits, target, strict=True)]
+
+    def _line(self, seen: Seen, questions: list[Any], keep: Tensor | None) -> _Line:
         opening = self.ids(self.before)
         n = len(opening)
-        position = torch.arange(n)
-        if seen.position.dim() == 2:
-            position = position.expand(3, n)
         shown = seen.position[..., :0] if keep is None else seen.position[..., keep]
-        ids, places, block, where, target = list(opening), [position, shown + n], [0] * (n + shown.shape[-1]), [], []
+        ids, places, block = list(opening), [torch.arange(n).expand(*shown.shape[:-1], n), shown + n], [0] * (n + shown.shape[-1])
+        where, target = [], []
         start = n + seen.length
         for k, question in enumerate(questions):
-            asked = self.ids(f"{self.between}{question.prompt}{self.after}")
+            prompt = self.ids(f"{self.between}{question.prompt}{self.after}")
             said = self.ids(f"{question.answer}<|im_end|>")
-            first = len(block) + len(asked) - 1
-            ids += asked + said[:-1]
-            m = len(asked) + len(said) - 1
-            line = torch.arange(start, start + m)
-            places.append(line if seen.position.dim() == 1 else line.expand(3, m))
+            first = len(block) + len(prompt) - 1
+            ids += prompt + said[:-1]
+            m = len(prompt) + len(said) - 1
+            places.append(torch.arange(start, start + m).expand(*shown.shape[:-1], m))
             block += [k + 1] * m
             where.append(torch.arange(first, first + len(said)))
             target.append(torch.tensor(said))
-        embed = self.model.get_input_embeddings()
-        dtype = embed.weight.dtype
-        text = embed(torch.tensor(ids))
-        parts = [text[:n], text[n:]] if keep is None else [text[:n], self.sense.embed(seen, keep).to(dtype), text[n:]]
-        x, place, group = torch.cat(parts), torch.cat(places, -1), torch.tensor(block)
-        rest = -len(x) % BLOCK
-        x = nn.functional.pad(x, (0, 0, 0, rest))
-        place = nn.functional.pad(place, (0, rest))
-        group = nn.functional.pad(group, (0, rest), value=-1)
-        mask = ((group[None] == 0) | (group[None] == group[:, None])).tril()
-        hidden = self.text(
-            inputs_embeds=x[None],
-            attention_mask=torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None, None],
-            position_ids=place[None] if place.dim() == 1 else place[:, None],
-            use_cache=False,
-        ).last_hidden_state[0]
-        logits = self.model.lm_head(hidden[torch.cat(where)]).float().split([len(t) for t in target])
-        loss = torch.stack([nn.functional.cross_entropy(x, t) for x, t in zip(logits, target, strict=True)]).mean()
-        return loss, [bool((x.argmax(-1) == t).all()) for x, t in zip(logits, target, strict=True)]
+        text = self.model.get_input_embeddings()(torch.tensor(ids))
+        embeds = text if keep is None else torch.cat([text[:n], self.sense.embed(seen, keep).to(text.dtype), text[n:]])
+        return _Line(embeds, torch.cat(places, -1), torch.tensor(block), where, target)
+
+
+class _Line(NamedTuple):
+    """An item and its questions: embeds [m, D], place [m] or [3, m], block [m] (0: what every question sees, else its number),
+    and for each question the rows that say its answer and the answer's ids."""
+
+    embeds: Tensor
+    place: Tensor
+    block: Tensor
+    where: list[Tensor]
+    target: list[Tensor]
 
 
 def frame(processor: Any, kind: str) -> tuple[str, str, str]:

@@ -24,11 +24,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """see: steps of the first stage (0: the encoder stays as it is). start: the model from whose trained parts this one starts.
-    answer: steps of the last stage, two items each. rates: peak learning rates of projector and LoRA."""
+    """see: steps of the first stage (0: the encoder stays as it is); hear: the same for sound, of the projector alone.
+    start: the model from whose trained parts this one starts. answer: steps of the last stage, some 1,000 tokens each.
+    rates: peak learning rates of projector and LoRA."""
 
     sources: tuple[Source, ...]
     see: int = 0
+    hear: int = 0
     start: str | None = None
     answer: int = 1000
     rates: tuple[float, float] = (3e-4, 8e-4)
@@ -36,26 +38,26 @@ class Recipe:
 
 RECIPES = {
     "image": Recipe(
-        see=620,
-        answer=850,
+        see=960,
+        answer=550,
         sources=(
-            Source("detail", 300, 0.32),
-            Source("relations", 110, 0.12),
-            Source("document", 240, 0.26),
-            Source("easy_vqa", 60, 0.06),
-            Source("relations", 400, 0.16, thumbnail=True),
-            Source("easy_vqa", 200, 0.08, thumbnail=True),
+            Source("detail", 400, 0.34),
+            Source("relations", 260, 0.2),
+            Source("document", 320, 0.2),
+            Source("easy_vqa", 80, 0.04),
+            Source("relations", 700, 0.18, thumbnail=True),
+            Source("easy_vqa", 150, 0.04, thumbnail=True),
         ),
     ),
     "video": Recipe(
         start="image",
         answer=250,
-        sources=(Source("video_order", 150, 0.42), Source("video_event", 220, 0.58)),
+        sources=(Source("video_order", 200, 0.42), Source("video_event", 260, 0.58)),
     ),
     "audio": Recipe(
-        sources=(Source("spoken_digits", 380, 0.5), Source("sound_order", 160, 0.5)),
-        answer=700,
-        rates=(1e-3, 8e-4),
+        sources=(Source("spoken_digits", 900, 0.5), Source("sound_order", 500, 0.5)),
+        hear=1500,
+        answer=320,
     ),
     "mrope": Recipe(
         see=240,

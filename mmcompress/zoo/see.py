@@ -1,8 +1,10 @@
 """First stage: teach tower (by LoRA) and projector, without the language model, to say in words what a token shows.
 
-The mean output over some of a mark's tokens must name the mark among all words of its kind, by its product with the words'
-embeddings; every token is drawn, gently, to the sum of its mark's embeddings over the vocabulary's mean, where tokens that
-show no mark go. The language model then reads pictures much as it reads text. Views are made without end (views.py).
+The tokens of a mark spell it: "red star" from left to right, "top left" below (views.py). The mean output over some of the tokens
+that say one word must name it among all words of its kind, by its product with the words' embeddings; every token is drawn,
+gently, to its word's embedding, those that show no mark to the vocabulary's mean. The language model then reads pictures as it
+reads text: it binds colour to shape after a few hundred examples, where tokens that said all words at once took thousands.
+Views are made without end.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from mmcompress.zoo.boxes import token_boxes, token_marks
 from mmcompress.zoo.eye import SIDE, TOKENS, Eye, normalised
 from mmcompress.zoo.lora import LoRALinear, add_lora_
 from mmcompress.zoo.state import State, rate
-from mmcompress.zoo.views import TABLES, tables_of, view
+from mmcompress.zoo.views import TABLES, spelled, view
 
 BATCH, RANK, WARMUP = 8, 16, 60
 
@@ -98,9 +100,7 @@ def lesson(eye: Eye, views, boxes: Tensor, vector, tables, mean: Tensor, rng: np
     for b, (_, marks) in enumerate(views):
         label = token_marks(boxes, marks).numpy()
         for j, mark in enumerate(marks):
-            tokens = np.nonzero(label == j)[0]
-            names = [(t, w) for t, w in tables_of(mark) if eye.places or t < 4]
-            if len(tokens) and any(t < 4 for t, _ in names):
+            for tokens, names in spelled(mark, np.nonzero(label == j)[0], boxes.numpy(), eye.places):
                 tokens = rng.choice(tokens, min(len(tokens), int(rng.integers(1, 9))), replace=False)
                 rows.append(b * TOKENS + tokens)
                 owner += [len(said)] * len(tokens)

@@ -6,7 +6,7 @@ stands, and whether it shows anything that a question asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mmcompress.eval.tasks.base import Question, Scene, Task
+from mmcompress.eval.tasks.base import Mark, Question, Scene, Task
 from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import GRID, SIDE, TOKENS, Eye, QwenEye, normalised
 
@@ -29,7 +29,7 @@ class Seen:
 
     features [M, W] float16: rows of encoder output. order [S, r]: the rows that a token averages, NEWLINE in its first column
     for a newline. position [S] or [3, S]: of the tokens, from 0. length: positions that the item takes.
-    shows [S]: the token shows a mark, or sounds in the evidence of a question.
+    shows [S]: the token shows a mark, or sounds in the evidence of a question. marks: of the scene.
     """
 
     features: Tensor
@@ -38,6 +38,7 @@ class Seen:
     length: int
     shows: Tensor
     questions: list[Question]
+    marks: list[Mark] = field(default_factory=list)
 
 
 class Sense:
@@ -190,9 +191,15 @@ class Sound(Sense):
         features = tower(batch.input_features.to(dtype), attention_mask=mask).last_hidden_state[0, : int(num)]
         order = torch.arange(len(features))
         shows = torch.zeros(len(features), dtype=torch.bool)
-        for start, end in (e.seconds for q in scene.questions for e in q.evidence if e.seconds):
-            shows[max(int(start * 25), 0) : int(end * 25) + 1] = True
+        for mark in scene.marks:
+            shows[heard(mark)] = True
         return Seen(features.half(), order[:, None], order, len(order), shows, scene.questions)
+
+
+def heard(mark: Mark) -> slice:
+    """The tokens of 40 ms in which a mark sounds."""
+    assert mark.seconds is not None
+    return slice(int(mark.seconds[0] * 25), int(mark.seconds[1] * 25) + 1)
 
 
 def hidden(scene: Scene) -> Seen:
@@ -214,5 +221,5 @@ def store(sense: Sense, task: Task, split: str, n: int, seed: int, folder: Path)
             file.with_suffix(".part").rename(file)
         with safe_open(file, "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            out.append(Seen(**tensors, length=int(f.metadata()["length"]), questions=scene.questions))
+            out.append(Seen(**tensors, length=int(f.metadata()["length"]), questions=scene.questions, marks=scene.marks))
     return out

@@ -1,9 +1,9 @@
 """Train the parts that the zoo ships: `python -m mmcompress.zoo.train NAME`.
 
 Three stages, each resumable: tower and projector learn words for tokens (see.py); what the tower gives for the training scenes
-is computed once (sense.py); projector and LoRA learn to answer, with all questions of a scene packed behind one item and, in
-most steps, a random subset of its tokens (those that show what is asked for and a share of the others, at their own positions),
-which also helps under reduction.
+is computed once (sense.py); projector and LoRA learn to answer, with all questions of a scene packed behind one item, several items
+in one sequence and, of most items, a random subset of the tokens (those that show what is asked for and a share of the others, at
+their own positions), which also helps under reduction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
-from mmcompress.zoo import _build
+from mmcompress.zoo import _build, hear
 from mmcompress.zoo.lora import LoRALinear, add_lora_, lora_state, merge_lora
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
@@ -37,27 +37,34 @@ from mmcompress.zoo.state import State, rate
 PREFIX = "model.language_model."
 
 
+BUDGET = 1024
+"""Tokens of a step: items are drawn until their tokens and questions reach it."""
+QUESTION = 24
+"""Tokens of a question with its frame, about."""
+
+
 def choose(seen: Seen, share: float, rng: np.random.Generator) -> Tensor:
-    """The tokens of a step: a random share of all, and all or some of those that show what a question may ask for."""
+    """The tokens of a reading: a random share of all, and all or some of those that show what a question may ask for."""
     keep = torch.from_numpy(rng.random(len(seen.order)) < share)
     if share < 1:
-        rate = (1.0, 0.6, 0.35)[int(rng.integers(3))]
+        rate = (1.0, 0.4, 0.15)[int(rng.integers(3))]
         keep |= seen.shows & torch.from_numpy(rng.random(len(keep)) < rate)
     return keep.nonzero()[:, 0]
 
 
 def share_of(rng: np.random.Generator, progress: float) -> float:
-    """The share of tokens that a step shows; all of them in some steps, more often at the end."""
-    if rng.random() < (0.02 if progress < 0.8 else 0.2):
+    """The share of tokens that a reading shows: little else than what is asked for at first, all of them more often at the end."""
+    if rng.random() < (0.004 if progress < 0.75 else 0.04):
         return 1.0
-    return float(np.exp(rng.uniform(np.log(0.03), np.log(0.25))))
+    low, high = (0.004, 0.06) if progress < 0.5 else (0.02, 0.3)
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmcompress.zoo.train", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(RECIPES), help="the model")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run (runs/NAME)")
-    parser.add_argument("--steps", type=int, default=None, help="steps of the last stage, two items each (the recipe's)")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the last stage (the recipe's)")
     parser.add_argument("--see-steps", type=int, default=None, help="steps of the first stage (the recipe's)")
     parser.add_argument("--scale", type=float, default=1.0, help="scenes, as a factor on the recipe's")
     parser.add_argument("--until", choices=("see", "encode", "answer"), default="answer", help="the last stage that is done")
@@ -78,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace, recipe: Recipe) -> None:
     torch.manual_seed(args.seed)
     if not args.resume:
-        for file in (f for stage in ("see", "answer") for f in args.out.glob(f"{stage}.*")):
+        for file in (f for stage in ("see", "hear", "answer") for f in args.out.glob(f"{stage}.*")):
             file.unlink()
         shutil.rmtree(args.out / "seen", ignore_errors=True)
     dtype = pick_dtype(args.dtype)
@@ -112,6 +119,11 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     layers = add_lora_(model.model.language_model, torch.Generator().manual_seed(args.seed))
     if start:
         _take_over(start, main_sense, layers, args.seed)
+    elif recipe.hear and not args.blind:
+        heard = out / "hear.json"
+        if not (out / "answer.json").is_file():  # a state of the last stage holds the projector too
+            heard.write_text(json.dumps(hear.teach(main_sense, scenes, recipe.hear, args.seed)))
+        report["hear"] = json.loads(heard.read_text()) if heard.is_file() else {}
     _answer(args, recipe, senses, scenes, layers, steps, report)
     _export(args, main_sense, layers, report)
 
@@ -162,26 +174,21 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     state = State(args.out / "answer", trained, optimizer)
     done = state.load()
     report["answer"] = {"steps": done, "cpu_minutes": state.cpu_minutes}
-    readers = [Reader(s) for s in senses]
+    reader = Reader(senses[0])
     weights = np.array([s.weight for s in recipe.sources])
     weights = weights / weights.sum()
     log, saved = (args.out / "log.jsonl").open("a"), time.time()
     stats: dict[str, list] = {}
     for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="answer", mininterval=10)):
-        p = step / steps
         for g in optimizer.param_groups:
             g["lr"] = g["peak"] * rate(step, steps)
         rng = np.random.default_rng([args.seed, step])
-        for _ in range(2):
-            k = int(rng.choice(len(weights), p=weights))
-            seen = scenes[k][int(rng.integers(len(scenes[k])))]
-            share = share_of(rng, p)
-            asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[: 3 if share == 1 else 5]]
-            loss, right = readers[k](seen, asked, None if args.blind else choose(seen, share, rng))
-            (loss / 2).backward()
-            for question, ok in zip(asked, right, strict=True):
-                stats.setdefault(f"{recipe.sources[k].task} {question.topic}", []).append(ok)
-            stats.setdefault("loss", []).append(loss.item())
+        items, topics = _drawn(recipe, scenes, weights, step / steps, rng, args.blind)
+        losses, right = reader.read(items)
+        losses.mean().backward()
+        for topic, ok in zip(topics, right, strict=True):
+            stats.setdefault(topic, []).append(ok)
+        stats.setdefault("loss", []).append(losses.mean().item())
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -194,6 +201,25 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
         if time.time() - saved > 180 or step + 1 == steps:
             state.save(step + 1)
             saved = time.time()
+
+
+def _drawn(recipe: Recipe, scenes: list[list[Seen]], weights, progress: float, rng: np.random.Generator, blind: bool):
+    """The items of a step with their questions and tokens, and the topic of every question."""
+    items: list[tuple[Seen, list[Any], Tensor | None]] = []
+    topics: list[str] = []
+    size = 0
+    while size < BUDGET:
+        k = int(rng.choice(len(weights), p=weights))
+        seen = scenes[k][int(rng.integers(len(scenes[k])))]
+        keep = None if blind else choose(seen, share_of(rng, progress), rng)
+        asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[:6]]
+        cost = 5 + QUESTION * len(asked) + (0 if keep is None else len(keep))
+        if items and size + cost > BUDGET * 1.1:
+            break
+        items.append((seen, asked, keep))
+        topics += [f"{recipe.sources[k].task} {question.topic}" for question in asked]
+        size += cost
+    return items, topics
 
 
 def _export(args: argparse.Namespace, sense: Sense, layers: Any, report: dict) -> None:

@@ -41,18 +41,31 @@ TABLES = (
     ("left", "right"),
     ("top", "bottom"),
 )
-"""The closed sets among which a mark is named: digits, words, colours, shapes, and where in its view it stands."""
+"""The closed sets among which a token's word is: digits, words, colours, shapes, and where in its view a mark stands."""
 
 
-def tables_of(mark: Mark, side: int = SIDE) -> list[tuple[int, str]]:
-    """(table, word) of everything that a mark's tokens should say."""
+def spelled(mark: Mark, tokens: np.ndarray, boxes: np.ndarray, places: float, side: int = SIDE) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
+    """What the tokens that show a mark should say, as groups of tokens with (table, word) of each; read row by row they are text.
+
+    A word or digit: all tokens say it. A shape: the left ones its colour, the right ones its name ("red star"); of one that is
+    at most `places` pixels high the lower rows say where in its view it is ("top left"). A mark of one column is split by rows,
+    one token says both. tokens: their indices; boxes [N, 4] of all tokens.
+    """
     kinds = {"digit": (0,), "word": (1,), "shape": (2, 3)}[mark.kind]
-    out = [(t, w) for w in mark.words for t in kinds if w in TABLES[t]]
-    x, y = (mark.box.left + mark.box.right) / (2 * side), (mark.box.top + mark.box.bottom) / (2 * side)
-    for table, at in ((4, x), (5, y)):
-        if abs(at - 0.5) > 0.06:
-            out.append((table, TABLES[table][int(at > 0.5)]))
-    return out
+    words = [(t, w) for w in mark.words for t in kinds if w in TABLES[t]]
+    x, y = (mark.box.left + mark.box.right) / 2, (mark.box.top + mark.box.bottom) / 2
+    across, down = (boxes[tokens, i] + boxes[tokens, i + 2] for i in (0, 1))
+    left, upper = across < 2 * x, down < 2 * y
+    if len(words) < 2 or len(tokens) < 2:
+        return [(tokens, words)] if words and len(tokens) else []
+    colour, shape = words
+    if not (left.any() and (~left).any()):
+        left, upper = upper, np.ones_like(upper)
+    elif not (upper.any() and (~upper).any()) or mark.box.bottom - mark.box.top > places:
+        upper = np.ones_like(upper)
+    where = [(k, TABLES[k][int(at > side / 2)]) for k, at in ((5, y), (4, x))]
+    groups = [(upper & left, colour), (upper & ~left, shape), (~upper & left, where[0]), (~upper & ~left, where[1])]
+    return [(tokens[of], [said]) for of, said in groups if of.any()]
 
 
 def view(seed: int, index: int) -> tuple[Image.Image, list[Mark]]:

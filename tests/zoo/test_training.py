@@ -21,7 +21,7 @@ from mmcompress.zoo.recipes import sense_of
 from mmcompress.zoo.see import lesson
 from mmcompress.zoo.sense import hidden, store
 from mmcompress.zoo.train import PREFIX, _take_over, choose, main
-from mmcompress.zoo.views import TABLES, tables_of, view
+from mmcompress.zoo.views import TABLES, spelled, view
 
 ITEM = {"image": "images", "video": "videos", "audio": "audio"}
 
@@ -114,10 +114,34 @@ def test_views_are_deterministic_and_their_marks_named():
     (one, marks), (two, again) = view(3, 5), view(3, 5)
     assert one.tobytes() == two.tobytes() and marks == again and one.size == (224, 224)
     assert view(3, 6)[0].tobytes() != one.tobytes()
-    assert all(w in TABLES[t] for i in range(30) for m in view(0, i)[1] for t, w in tables_of(m))
-    star = Mark(Box(150, 10, 190, 50), "shape", ("red", "star"))
-    assert tables_of(star) == [(2, "red"), (3, "star"), (4, "right"), (5, "top")]
-    assert tables_of(Mark(Box(100, 100, 124, 124), "digit", ("7",))) == [(0, "7")]
+    boxes = token_boxes((224, 224), None)
+    for i in range(30):
+        picture_marks = view(0, i)[1]
+        label = token_marks(boxes, picture_marks).numpy()
+        for j, mark in enumerate(picture_marks):
+            groups = spelled(mark, np.nonzero(label == j)[0], boxes.numpy(), 52)
+            assert sorted(np.concatenate([t for t, _ in groups]).tolist()) == np.nonzero(label == j)[0].tolist() if groups else True
+            assert all(w in TABLES[t] for _, said in groups for t, w in said)
+
+
+def read(mark, places):
+    """The words of a mark's tokens, row by row."""
+    boxes = token_boxes((224, 224), None)
+    tokens = np.nonzero(token_marks(boxes, [mark]).numpy() == 0)[0]
+    says = {int(t): " ".join(w for _, w in said) for group, said in spelled(mark, tokens, boxes.numpy(), places) for t in group}
+    rows: dict[int, list[str]] = {}
+    for t in sorted(says):
+        rows.setdefault(t // 16, []).append(says[t])
+    return [" ".join(r) for r in rows.values()]
+
+
+def test_tokens_of_a_shape_spell_it_and_its_place():
+    star = Mark(Box(140, 14, 182, 56), "shape", ("red", "star"))
+    assert read(star, 52) == ["red star star", "top right right", "top right right"]
+    assert read(star, 0) == ["red star star"] * 3
+    assert read(Mark(Box(14, 140, 28, 168), "shape", ("red", "star")), 52) == ["red", "star"]
+    assert read(Mark(Box(14, 140, 28, 154), "shape", ("red", "star")), 52) == ["red star"]
+    assert read(Mark(Box(14, 140, 42, 168), "digit", ("7",)), 52) == ["7 7", "7 7"]
 
 
 @pytest.mark.parametrize("kind", [Eye, QwenEye])
@@ -157,13 +181,14 @@ class Toy:
     """An eye that knows the mark that each token shows, and a language whose words are the axes."""
 
     def __init__(self, views, vector, mean, wrong=False):
-        self.places = False
+        self.places = 52
         out = torch.zeros(len(views), 256, len(mean))
         for b, (_, marks) in enumerate(views):
             label = token_marks(token_boxes((224, 224), None), marks)
-            for t in (label >= 0).nonzero()[:, 0].tolist():
-                said = [w for k, w in tables_of(marks[label[t]]) if k < 4]
-                out[b, t] = 8 * sum(vector[w] for w in said) * (-1 if wrong else 1)
+            boxes = token_boxes((224, 224), None).numpy()
+            for j, mark in enumerate(marks):
+                for tokens, said in spelled(mark, np.nonzero(label.numpy() == j)[0], boxes, self.places):
+                    out[b, tokens] = 8 * sum(vector[w] for _, w in said) * (-1 if wrong else 1)
         self.out, self.mean = out, mean
 
     def features(self, pixels):
@@ -192,7 +217,7 @@ def test_a_step_shows_a_share_and_what_is_asked_for():
     seen = hidden(next(create_task("detail").scenes("train", 1)))
     seen.order, seen.shows = torch.arange(1000)[:, None], shows
     sizes = [(len(keep), int(shows[keep].sum())) for keep in (choose(seen, 0.1, np.random.default_rng(i)) for i in range(40))]
-    assert 90 < np.mean([n for n, _ in sizes]) < 140 and {20} < {m for _, m in sizes} and min(m for _, m in sizes) > 2
+    assert 90 < np.mean([n for n, _ in sizes]) < 140 and {20} < {m for _, m in sizes} and min(m for _, m in sizes) > 0
     assert len(choose(seen, 1.0, np.random.default_rng(0))) == 1000
 
 
