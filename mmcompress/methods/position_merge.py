@@ -7,6 +7,7 @@ merged by itself, the number of positions may be any that a section of frequenci
 of all members in turn (released: those of the last member). Features are plain means of the stage's tokens, as released.
 """
 
+import math
 from dataclasses import replace
 from numbers import Integral
 
@@ -27,6 +28,9 @@ class PositionMerge(Compressor):
     merger: the method that clusters and averages, by name or as a configuration, {"method": "tome", "metric": "keys"}; its
     keep_ratio is that of this method. A cluster's centre is its anchor. dpc_knn looks at 3 neighbours where tokens carry
     several positions already, unless the configuration says otherwise.
+    positions: "carry" (this method), or one of two baselines at the same merging, one position per token: "anchor" (the centre's)
+    or "renumber" (outputs follow one another from where the item starts; on a grid of positions they fill, in raster order, the
+    smallest square). Text keeps its positions in all three.
     num_positions: positions per token; "auto": the largest that divides 8 and every rotary section of the model.
     member_order: whose positions come first, "center" (the centre's, then by distance from it, ties by index) or "index_desc"
     (the highest index's).
@@ -39,6 +43,7 @@ class PositionMerge(Compressor):
 
     keep_ratio: float = 0.45
     merger: str | dict = "dpc_knn"
+    positions: str = "carry"
     num_positions: int | str = "auto"
     member_order: str = "center"
     fill: str = "cyclic"
@@ -50,6 +55,7 @@ class PositionMerge(Compressor):
         if P != "auto" and (isinstance(P, (bool, str)) or not isinstance(P, Integral) or P < 1):
             raise ValueError(f"num_positions must be 'auto' or an integer >= 1, got {P!r}")
         for name, allowed in (
+            ("positions", ("carry", "anchor", "renumber")),
             ("member_order", ("center", "index_desc")),
             ("fill", ("cyclic", "first", "spread")),
             ("cascade", ("interleave", "inherit")),
@@ -128,6 +134,10 @@ class PositionMerge(Compressor):
                 f"positions must be integers of shape [B, N, P, 3] with [B, N] = {list(tokens.group.shape)}, "
                 f"got {positions.dtype} {list(positions.shape)}"
             )
+        if self.positions != "carry":
+            own = gather(positions[:, :, 0], out.anchor)
+            own = renumbered(positions[:, :, 0], own) if self.positions == "renumber" else own
+            return self._placed(tokens, base, out, own[:, :, None], torch.ones_like(out.anchor))
         P = self.num_positions
         if P == "auto":
             P = POSITIONS if "positions" not in tokens.signals else positions.shape[2]
@@ -147,9 +157,16 @@ class PositionMerge(Compressor):
         else:
             rank = column.flip(0).expand_as(assignment)
         carried_on, num = carry(positions, valid, assignment, rank, K, int(P), self.fill)
+        return self._placed(tokens, base, out, carried_on, num)
+
+    def _placed(self, tokens: Tokens, base: Compressor, out: Reduction, positions: Tensor, num: Tensor) -> Reduction:
+        """The reduction with these positions, and sizes that count the tokens' own."""
+        joined, slot = out.assignment >= 0, out.assignment.clamp(min=0)
         size = torch.zeros_like(out.size).scatter_add(1, slot, torch.where(joined, tokens.size, 0))
-        out = replace(out, size=size, positions=carried_on, num_positions=num)
-        return by_score(out, base.peaks(tokens, K).center) if self.mode == "official" and tokens.num_tokens > K else out
+        out = replace(out, size=size, positions=positions, num_positions=num)
+        if self.mode == "official" and tokens.num_tokens > out.num_kept:
+            return by_score(out, base.peaks(tokens, out.num_kept).center)  # type: ignore[attr-defined]
+        return out
 
 
 def _split(tokens: Tokens, steps: int) -> Tokens:
@@ -169,6 +186,17 @@ def by_score(out: Reduction, center: Tensor) -> Reduction:
     order = torch.searchsorted(out.anchor, center)  # the output that comes j-th
     values = {name: gather(getattr(out, name), order) for name in ("x", "size", "positions", "num_positions")}
     return replace(out, **values, assignment=order.argsort(dim=1).gather(1, out.assignment))
+
+
+def renumbered(before: Tensor, own: Tensor) -> Tensor:
+    """Positions [B, K, 3] of outputs that stand side by side: one after another where all three axes of the positions [B, N, 3]
+    before are one, else on the smallest square, at the time `own` [B, K, 3]."""
+    k = torch.arange(own.shape[1], device=own.device).expand(own.shape[:2])
+    start, side = before.amin(1, keepdim=True), max(math.ceil(math.sqrt(own.shape[1])), 1)
+    line = start + k[..., None]
+    square = torch.stack([own[..., 0], start[..., 1] + k // side, start[..., 2] + k % side], -1)
+    flat = (before[..., 1] == before[..., 2]).all(1)
+    return torch.where(flat[:, None, None], line, square)
 
 
 def member_rank(distance: Tensor) -> Tensor:

@@ -290,3 +290,25 @@ def test_sections():
         create("position_merge", num_positions=16, mode="official").check_sections((16, 24, 24))
     create("position_merge", num_positions=8, mode="official").check_sections((16, 24, 24))
     create("position_merge").check_sections((2, 3, 3))
+
+
+def test_baselines_keep_one_position_each_of_the_same_merging():
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(3))
+    line = (5 + torch.arange(16))[None, :, None, None].expand(2, 16, 1, 3)
+    row, column = (7 + torch.arange(16) // 4), (7 + torch.arange(16) % 4)
+    square = torch.stack([torch.full((16,), 7), row, column], -1)[None, :, None].expand(2, 16, 1, 3)
+    for ids in (line, square):
+        tokens = Tokens.of(x, positions=ids)
+        carry_, anchor, renumber = (
+            create("position_merge", keep_ratio=0.5, positions=p)(tokens) for p in ("carry", "anchor", "renumber")
+        )
+        assert torch.equal(carry_.assignment, anchor.assignment) and torch.equal(carry_.assignment, renumber.assignment)
+        assert torch.equal(carry_.x, renumber.x) and torch.equal(carry_.size, anchor.size)
+        assert torch.equal(anchor.positions[:, :, 0], ids[:, :, 0].gather(1, anchor.anchor[..., None].expand(-1, -1, 3)))
+        assert torch.equal(anchor.positions[:, :, 0], carry_.positions[:, :, 0])
+        assert renumber.num_positions.eq(1).all()
+    assert renumber.positions[0, :, 0].tolist() == [[7, 7 + k // 3, 7 + k % 3] for k in range(8)]
+    out = create("position_merge", keep_ratio=0.5, positions="renumber")(Tokens.of(x, positions=line))
+    assert out.positions[1, :, 0].tolist() == [[5 + k] * 3 for k in range(8)]
+    with pytest.raises(ValueError, match="positions must be one of 'carry', 'anchor', 'renumber'; got 'none'"):
+        create("position_merge", positions="none")
