@@ -359,7 +359,7 @@ def test_help_fits_a_screen_and_has_an_example(capsys, command):
 
 def test_the_process_itself(tmp_path):
     """Exit code, one line on stderr, nothing on stdout; and help without a heavy import."""
-    command = [sys.executable, "-m", "mmcompress.cli"]
+    command = [sys.executable, "-m", "mmcompress"]
     done = subprocess.run([*command, *RUN, "--image", "nowhere.jpg"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     code = """

@@ -82,7 +82,11 @@ class Reader:
         opening = self.ids(self.before)
         n = len(opening)
         shown = seen.position[..., :0] if keep is None else seen.position[..., keep]
-        ids, places, block = list(opening), [torch.arange(n).expand(*shown.shape[:-1], n), shown + n], [0] * (n + shown.shape[-1])
+        ids, places, block = (
+            list(opening),
+            [torch.arange(n).expand(*shown.shape[:-1], n), shown + n],
+            [0] * (n + shown.shape[-1]),
+        )
         where, target = [], []
         start = n + seen.length
         for k, question in enumerate(questions):

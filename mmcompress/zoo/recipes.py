@@ -39,7 +39,7 @@ class Recipe:
 RECIPES = {
     "image": Recipe(
         see=960,
-        answer=550,
+        answer=400,
         sources=(
             Source("detail", 400, 0.34),
             Source("relations", 260, 0.2),

@@ -44,7 +44,9 @@ TABLES = (
 """The closed sets among which a token's word is: digits, words, colours, shapes, and where in its view a mark stands."""
 
 
-def spelled(mark: Mark, tokens: np.ndarray, boxes: np.ndarray, places: float, side: int = SIDE) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
+def spelled(
+    mark: Mark, tokens: np.ndarray, boxes: np.ndarray, places: float, side: int = SIDE
+) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
     """What the tokens that show a mark should say, as groups of tokens with (table, word) of each; read row by row they are text.
 
     A word or digit: all tokens say it. A shape: the left ones its colour, the right ones its name ("red star"); of one that is

@@ -120,7 +120,11 @@ def test_views_are_deterministic_and_their_marks_named():
         label = token_marks(boxes, picture_marks).numpy()
         for j, mark in enumerate(picture_marks):
             groups = spelled(mark, np.nonzero(label == j)[0], boxes.numpy(), 52)
-            assert sorted(np.concatenate([t for t, _ in groups]).tolist()) == np.nonzero(label == j)[0].tolist() if groups else True
+            assert (
+                sorted(np.concatenate([t for t, _ in groups]).tolist()) == np.nonzero(label == j)[0].tolist()
+                if groups
+                else True
+            )
             assert all(w in TABLES[t] for _, said in groups for t, w in said)
 
 
