@@ -28,9 +28,9 @@ class PositionMerge(Compressor):
     merger: the method that clusters and averages, by name or as a configuration, {"method": "tome", "metric": "keys"}; its
     keep_ratio is that of this method. A cluster's centre is its anchor. dpc_knn looks at 3 neighbours where tokens carry
     several positions already, unless the configuration says otherwise.
-    positions: "carry" (this method), or one of two baselines at the same merging, one position per token: "anchor" (the centre's)
-    or "renumber" (outputs follow one another from where the item starts; on a grid of positions they fill, in raster order, the
-    smallest square). Text keeps its positions in all three.
+    positions: "carry" (this method), or one of two baselines at the same merging, one position per token: "anchor" (the
+    centre's) or "renumber" (outputs follow one another from where the item starts; on a grid they fill the smallest square,
+    row by row). Text keeps its positions in all three.
     num_positions: positions per token; "auto": the largest that divides 8 and every rotary section of the model.
     member_order: whose positions come first, "center" (the centre's, then by distance from it, ties by index) or "index_desc"
     (the highest index's).
@@ -165,7 +165,7 @@ class PositionMerge(Compressor):
         size = torch.zeros_like(out.size).scatter_add(1, slot, torch.where(joined, tokens.size, 0))
         out = replace(out, size=size, positions=positions, num_positions=num)
         if self.mode == "official" and tokens.num_tokens > out.num_kept:
-            return by_score(out, base.peaks(tokens, out.num_kept).center)  # type: ignore[attr-defined]
+            return by_score(out, base.peaks(tokens, out.num_kept).center)  # type: ignore[operator]
         return out
 
 

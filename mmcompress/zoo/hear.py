@@ -6,6 +6,7 @@ token is drawn, gently, to its sound's embedding, silence to the vocabulary's me
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def teach(sense: Sense, scenes: list[list[Seen]], steps: int, seed: int) -> dict
     """Train the projector in place on cached recordings (lists, one a task, drawn in turn); returns the last figures."""
     words = sense.model.get_input_embeddings().weight.detach().float()
     mean = words.mean(0)
-    names = sorted({m.words[0] for seen in sum(scenes, []) for m in seen.marks})
+    names = sorted({m.words[0] for seen in chain(*scenes) for m in seen.marks})
     ids = [sense.processor.tokenizer(n, add_special_tokens=False).input_ids[0] for n in names]
     vectors = words[ids] - mean
     trained = [p.requires_grad_(True) for p in sense.trained.values()]
@@ -44,7 +45,8 @@ def teach(sense: Sense, scenes: list[list[Seen]], steps: int, seed: int) -> dict
 
 def lesson(sense: Any, scenes: list[list[Seen]], names: list[str], vectors: Tensor, mean: Tensor, rng: np.random.Generator):
     """Loss of one batch, and for each sound whether it was named right."""
-    rows, owner, label, silent = [], [], [], []
+    rows, owner, silent = [], [], []
+    label: list[int] = []
     for i in range(BATCH):
         kind = scenes[i % len(scenes)]
         seen = kind[int(rng.integers(len(kind)))]

@@ -45,7 +45,8 @@ class Reader:
         sizes = [len(line.block) for line in lines]
         width = max(max(sizes), 2 * BLOCK)
         width += -width % BLOCK
-        row, column, used = [], [], []  # where each item starts; the length of each row
+        row, column = [], []  # where each item starts
+        used: list[int] = []  # the length of each row
         for size in sizes:
             fits = [r for r, n in enumerate(used) if n + size <= width]
             if not fits:

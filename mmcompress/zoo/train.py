@@ -1,9 +1,9 @@
 """Train the parts that the zoo ships: `python -m mmcompress.zoo.train NAME`.
 
-Three stages, each resumable: tower and projector learn words for tokens (see.py); what the tower gives for the training scenes
-is computed once (sense.py); projector and LoRA learn to answer, with all questions of a scene packed behind one item, several items
-in one sequence and, of most items, a random subset of the tokens (those that show what is asked for and a share of the others, at
-their own positions), which also helps under reduction.
+Three stages, each resumable: tower and projector learn words for tokens (see.py, hear.py); what the tower gives for the
+training scenes is computed once (sense.py); projector and LoRA learn to answer, with all questions of a scene packed behind one
+item, several items in a step and, of most items, a random subset of the tokens (those that show what is asked for and a share
+of the others, at their own positions), which also helps under reduction.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def choose(seen: Seen, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def share_of(rng: np.random.Generator, progress: float) -> float:
-    """The share of tokens that a reading shows: little else than what is asked for at first, all of them more often at the end."""
+    """The share of tokens that a reading shows: at first little else than what is asked for, at the end more often all."""
     if rng.random() < (0.004 if progress < 0.75 else 0.04):
         return 1.0
     low, high = (0.004, 0.06) if progress < 0.5 else (0.02, 0.3)

@@ -44,10 +44,8 @@ TABLES = (
 """The closed sets among which a token's word is: digits, words, colours, shapes, and where in its view a mark stands."""
 
 
-def spelled(
-    mark: Mark, tokens: np.ndarray, boxes: np.ndarray, places: float, side: int = SIDE
-) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
-    """What the tokens that show a mark should say, as groups of tokens with (table, word) of each; read row by row they are text.
+def spelled(mark: Mark, tokens: np.ndarray, boxes: np.ndarray, places: float) -> list[tuple[np.ndarray, list[tuple[int, str]]]]:
+    """What the tokens that show a mark should say, as groups of tokens with (table, word) of each: read row by row, text.
 
     A word or digit: all tokens say it. A shape: the left ones its colour, the right ones its name ("red star"); of one that is
     at most `places` pixels high the lower rows say where in its view it is ("top left"). A mark of one column is split by rows,
@@ -65,7 +63,7 @@ def spelled(
         left, upper = upper, np.ones_like(upper)
     elif not (upper.any() and (~upper).any()) or mark.box.bottom - mark.box.top > places:
         upper = np.ones_like(upper)
-    where = [(k, TABLES[k][int(at > side / 2)]) for k, at in ((5, y), (4, x))]
+    where = [(k, TABLES[k][int(at > SIDE / 2)]) for k, at in ((5, y), (4, x))]
     groups = [(upper & left, colour), (upper & ~left, shape), (~upper & left, where[0]), (~upper & ~left, where[1])]
     return [(tokens[of], [said]) for of, said in groups if of.any()]
 
