@@ -3,8 +3,8 @@
 The tokens of a mark spell it: "red star" from left to right, "top left" below (views.py). The mean output over some of the
 tokens that say one word must name it among all words of its kind, by its product with the words' embeddings; every token is
 drawn, gently, to its word's embedding, those that show no mark to the vocabulary's mean. The language model then reads
-pictures as it reads text: it binds colour to shape after a few hundred examples, where tokens that said all words at once took thousands.
-Views are made without end.
+pictures as it reads text: it binds colour to shape after a few hundred examples, where tokens that said all words at once took
+thousands. Views are made without end.
 """
 
 from __future__ import annotations
