@@ -89,6 +89,7 @@ class Reduction:
     positions [B, K, P, 3] (several original positions carried by one token, in the units of the signal "positions") and
     num_positions [B, K] (how many of them are no repeats), or None;
     mask [B, K] (False = no output here; only where K differs between items, real outputs first) or None.
+    order [B, K]: which output was picked first (0), second (1), …, by methods that pick one after another, or None.
     """
 
     x: Tensor
@@ -98,12 +99,14 @@ class Reduction:
     positions: Tensor | None = None
     mask: Tensor | None = None
     num_positions: Tensor | None = None
+    order: Tensor | None = None
 
     def carried(self) -> dict[str, Tensor]:
-        """The carried positions as signals of the tokens that come out, {} where there are none."""
-        if self.positions is None or self.num_positions is None:
-            return {}
-        return {"positions": self.positions, "num_positions": self.num_positions}
+        """Carried positions and order of picks as signals of the tokens that come out, {} where there are none."""
+        out = {} if self.order is None else {"order": self.order}
+        if self.positions is not None and self.num_positions is not None:
+            out |= {"positions": self.positions, "num_positions": self.num_positions}
+        return out
 
     @property
     def num_kept(self) -> int:

@@ -2,7 +2,8 @@
 
 A view is a lattice of tokens over a picture: the thumbnail and the canvas of crops of an AnyRes image, a time step of a clip,
 a recording's row of tokens over its spectrogram, or simply the image. Dropped tokens are dimmed; tokens that were merged take
-the mean colour of their cluster (a recording: its mean spectrum) and its outline.
+the mean colour of their cluster (a recording: its mean spectrum) and its outline, or, where an item became a few codewords, one
+colour a codeword; the first picks of a method that picks one after another are numbered.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 DIM = (44, 51, 68, 206)  # over a dropped token, RGBA
 BLEND = 190  # opacity of a merged cluster's mean colour
+CODES, CODE_SIZE, CODE_BLEND = 64, 8, 150  # at most so many clusters of so many tokens on average are codewords; their opacity
+PICKS = 16  # picks that are numbered
 INK, PAPER, MUTED, ACCENT = (240, 242, 247), (15, 17, 23), (150, 157, 172), (255, 196, 84)
 HOP, MEL_BINS, DECIBELS = 0.01, 64, 80  # of a spectrogram: seconds a column, rows, range below the loudest
 SOUND = ((58, 56, 118), (104, 56, 140), (168, 62, 136), (236, 96, 100), (254, 176, 122), (252, 250, 215))
@@ -41,7 +44,7 @@ class View:
 
     kind: of the item, "image", "video" or "audio" (then h = 1). output [h, w]: the output that each cell's token went into,
     -1 = dropped. merged [h, w] bool: other tokens of the item, perhaps in other views, went into the same one.
-    regions: the whole view, or its crops.
+    regions: the whole view, or its crops. picks [h, w]: how many tokens were picked before this one, -1 = not known.
     """
 
     name: str
@@ -49,6 +52,7 @@ class View:
     output: np.ndarray
     merged: np.ndarray
     regions: tuple[Region, ...]
+    picks: np.ndarray
 
     @property
     def kept(self) -> int:
@@ -78,12 +82,22 @@ def views(item: Any) -> list[View]:
     anchored[anchor] = True
     merged = np.bincount(assignment + 1, minlength=len(anchor) + 1)[assignment + 1] > 1
     merged &= assignment >= 0
-    per_token = (cell, group, assignment, merged, anchored)
+    picks = np.full(len(position), -1)
+    if "order" in getattr(item, "signals", {}):
+        picks[anchor] = item.signals["order"].cpu().numpy()
+    per_token = (cell, group, assignment, merged, anchored, picks)
     return [_view(name, layout.kind, *(v[inside] for v in per_token)) for name, inside in parts if inside.any()]
 
 
 def _view(
-    name: str, kind: str, cell: np.ndarray, group: np.ndarray, assignment: np.ndarray, merged: np.ndarray, anchored: np.ndarray
+    name: str,
+    kind: str,
+    cell: np.ndarray,
+    group: np.ndarray,
+    assignment: np.ndarray,
+    merged: np.ndarray,
+    anchored: np.ndarray,
+    picks: np.ndarray,
 ) -> View:
     cell = cell - cell.min(0)
     h, w = cell.max(0) + 1
@@ -95,7 +109,8 @@ def _view(
         own = group == g
         (top, left), (bottom, right) = cell[own].min(0), cell[own].max(0) + 1
         regions.append(Region((int(left), int(top), int(right), int(bottom)), int(anchored[own].sum()), int(own.sum())))
-    return View(name, kind, assignment[order].reshape(h, w), merged[order].reshape(h, w), tuple(regions))
+    lattice = lambda v: v[order].reshape(h, w)  # noqa: E731
+    return View(name, kind, lattice(assignment), lattice(merged), tuple(regions), lattice(picks))
 
 
 def backdrops(media: Any, layout: Layout, sampling_rate: int = 16000) -> list[Image.Image]:
@@ -172,11 +187,27 @@ def layers(shown: Sequence[View], pictures: Sequence[Image.Image]) -> list[np.nd
     _, index, size = np.unique(output * (row.max() + 1) + row, return_inverse=True, return_counts=True)
     mean = np.stack([np.bincount(index, channel) for channel in colour.T], -1) / size[:, None]
     out = np.zeros((len(output), 4), dtype=np.uint8)
-    out[merged, :3] = mean[index][merged].round()
-    out[merged, 3] = BLEND
+    codes = output.max() + 1
+    if merged.any() and codes <= CODES and len(output) >= CODE_SIZE * codes and not sound:
+        out[merged, :3], out[merged, 3] = palette(codes)[output[merged]], CODE_BLEND
+    else:
+        out[merged, :3], out[merged, 3] = mean[index][merged].round(), BLEND
     out[output < 0] = DIM
     ends = np.cumsum([h * w for h, w in shapes])[:-1]
     return [part.reshape(*shape, 4) for part, shape in zip(np.split(out, ends), shapes, strict=True)]
+
+
+def palette(n: int) -> np.ndarray:
+    """[n, 3] colours of which neighbours differ: hues a golden angle apart, in three depths."""
+    import colorsys
+
+    return np.array(
+        [
+            [round(255 * c) for c in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6, 0.75)[i % 3], (0.95, 1, 0.7)[i % 3])]
+            for i in range(n)
+        ],
+        dtype=np.uint8,
+    )
 
 
 def outlines(view: View) -> list[tuple[int, int, int, int]]:
@@ -202,6 +233,8 @@ def panel(view: View, picture: Image.Image, layer: np.ndarray, size: tuple[int, 
     for fill, width in (((0, 0, 0, 70), 3), ((255, 255, 255, 130), 1)):  # to be seen on dark and on light
         for x0, y0, x1, y1 in outlines(view):
             draw.line([(x0 * sx, y0 * sy), (x1 * sx, y1 * sy)], fill, width)
+    for y, x in zip(*np.nonzero((view.picks >= 0) & (view.picks < PICKS)), strict=True):
+        _pill(draw, ((x + 0.15) * sx, (y + 0.1) * sy), str(view.picks[y, x] + 1), size=int(np.clip(0.6 * sy, 10, 22)))
     if len(view.regions) > 1:
         for r in view.regions:
             left, up, right, down = (r.box[0] * sx, r.box[1] * sy, r.box[2] * sx, r.box[3] * sy)
@@ -211,7 +244,7 @@ def panel(view: View, picture: Image.Image, layer: np.ndarray, size: tuple[int, 
     return Image.alpha_composite(base, ink).convert("RGB")
 
 
-LEGEND = "dimmed: dropped   ·   averaged: merged   ·   as it is: kept"
+LEGEND = "dimmed: dropped   ·   averaged, or one colour a codeword: merged   ·   as it is: kept   ·   numbers: the first picks"
 STRIP = 8  # frames beside each other
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmcompress import create, viz
+from mmcompress import create, ops, viz
 from mmcompress.models.llava_next import anyres
 from mmcompress.testing import FAMILIES, tiny_inputs
 from mmcompress.tokens import Layout, Tokens
@@ -83,6 +83,30 @@ def test_merged_tokens_take_the_mean_colour_of_their_cluster():
     (view,) = viz.views(square([0, 0, 1, 2], [0, 2, 3]))
     layer = layer_of(view, picture())
     assert (layer[0, :, :3] == (200, 0, 0)).all() and (layer[1, :, 3] == 0).all()
+
+
+def test_a_few_codewords_have_a_colour_of_their_own_each():
+    codes = [i % 3 for i in range(36)]
+    (view,) = viz.views(square(codes, [0, 1, 2], side=6))
+    layer = layer_of(view, picture())
+    assert (layer[..., 3] == viz.CODE_BLEND).all() and len(np.unique(layer.reshape(-1, 4), axis=0)) == 3
+    assert [tuple(layer[0, i, :3]) for i in range(3)] == [tuple(c) for c in viz.palette(3)]
+    assert len(np.unique(viz.palette(64), axis=0)) == 64
+
+
+def test_the_order_of_picks_reaches_the_picture():
+    item = of_method("k_center", (64, 64), keep_ratio=0.25)
+    assert all((v.picks < 0).all() for v in viz.views(item))
+    tokens = Tokens.of(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
+    result = create("k_center", keep_ratio=0.25, first=5)(tokens)
+    item = square(result.assignment[0], result.anchor[0], side=4)
+    item.signals = {"order": result.order[0]}
+    (view,) = viz.views(item)
+    picked = [int((view.picks.ravel() == i).nonzero()[0][0]) for i in range(4)]
+    assert picked[0] == 5 and picked == ops.k_center(tokens.x, 4, first=5)[0].tolist() and (view.picks >= 0).sum() == 4
+    plain = viz.panel(view, picture(), layer_of(view, picture()), (64, 64))
+    del item.signals
+    assert plain.tobytes() != viz.panel(viz.views(item)[0], picture(), layer_of(view, picture()), (64, 64)).tobytes()
 
 
 def test_outlines_run_between_clusters_or_around_the_dropped():

@@ -1,13 +1,14 @@
 """What `k_center` and `max_sum` share: the first pick (ToDRE, arXiv 2505.18757, Table on pivots; "maxmin" is DivPrune's
 rule)."""
 
+from dataclasses import replace
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from mmcompress.compressor import Selector
-from mmcompress.tokens import Tokens
+from mmcompress.tokens import Reduction, Tokens, keep
 
 STARTS = ("auto", "cls", "center", "farthest", "maxmin", "random")
 
@@ -34,6 +35,10 @@ class Diversity(Selector):
     @property
     def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         return {"cls": ("cls_logits",), "auto": ("cls_logits|",)}.get(str(self.first), ())
+
+    def compress(self, tokens: Tokens) -> Reduction:
+        picks = self.select(tokens, self.num_kept(tokens.num_tokens))
+        return replace(keep(tokens, picks), order=picks.argsort(dim=1))
 
     def first_pick(self, tokens: Tokens) -> int | Tensor:
         """The column of the first pick, per item where it depends on the item."""

@@ -98,3 +98,17 @@ def test_first_out_of_range():
         kept(torch.randn(5, 2), 1, first=5)
     with pytest.raises(ValueError, match="x"):
         kept(torch.full((5, 2), torch.nan), 2)
+
+
+@pytest.mark.parametrize("name", ["k_center", "max_sum"])
+def test_the_order_of_picks_follows_the_outputs(name):
+    """Also through a method that drops some of them later."""
+    tokens = Tokens.of(torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(2)))
+    out = create(name, keep_ratio=0.4, first=7)(tokens)
+    fewer = create(name, keep_ratio=0.2, first=7)(tokens)
+    for b in range(3):
+        order = dict(zip(out.order[b].tolist(), out.anchor[b].tolist(), strict=True))
+        assert order[0] == 7 and sorted(order) == list(range(8))
+        assert {order[i] for i in range(4)} == set(fewer.anchor[b].tolist())
+    later = tokens.take(out).take(create("uniform_keep", keep_ratio=0.5)(tokens.take(out)))
+    assert torch.equal(later.signals["order"], out.order[:, create("uniform_keep", keep_ratio=0.5)(tokens.take(out)).anchor[0]])
