@@ -33,30 +33,31 @@ class Recipe:
     hear: int = 0
     start: str | None = None
     answer: int = 1000
-    rates: tuple[float, float] = (3e-4, 8e-4)
+    rates: tuple[float, float] = (3e-5, 8e-4)
 
 
 RECIPES = {
     "image": Recipe(
-        see=960,
-        answer=400,
+        see=1135,
+        answer=260,
         sources=(
-            Source("detail", 400, 0.34),
-            Source("relations", 260, 0.2),
-            Source("document", 320, 0.2),
-            Source("easy_vqa", 80, 0.04),
-            Source("relations", 700, 0.18, thumbnail=True),
-            Source("easy_vqa", 150, 0.04, thumbnail=True),
+            Source("detail", 300, 0.34),
+            Source("relations", 200, 0.2),
+            Source("document", 250, 0.2),
+            Source("easy_vqa", 60, 0.04),
+            Source("relations", 600, 0.18, thumbnail=True),
+            Source("easy_vqa", 100, 0.04, thumbnail=True),
         ),
     ),
     "video": Recipe(
         start="image",
-        answer=250,
-        sources=(Source("video_order", 200, 0.42), Source("video_event", 260, 0.58)),
+        answer=180,
+        sources=(Source("video_order", 130, 0.42), Source("video_event", 170, 0.58)),
     ),
     "audio": Recipe(
         sources=(Source("spoken_digits", 900, 0.5), Source("sound_order", 500, 0.5)),
         hear=1500,
+        rates=(3e-4, 8e-4),
         answer=320,
     ),
     "mrope": Recipe(

@@ -1,7 +1,7 @@
 """First stage: teach tower (by LoRA) and projector, without the language model, to say in words what a token shows.
 
 The tokens of a mark spell it: "red star" from left to right, "top left" below (views.py). The mean output over some of the
-tokens that say one word must name it among all words of its kind, by its product with the words' embeddings; every token is
+tokens that say one word must name it among all words, by its product with the words' embeddings; every token is
 drawn, gently, to its word's embedding, those that show no mark to the vocabulary's mean. The language model then reads
 pictures as it reads text: it binds colour to shape after a few hundred examples, where tokens that said all words at once took
 thousands. Views are made without end.
@@ -56,7 +56,6 @@ def teach(
     done = state.load()
     mean = words.float().mean(0)
     vector = {w: words[tokenizer(w, add_special_tokens=False).input_ids[0]].float() - mean for t in TABLES for w in t}
-    tables = [torch.stack([vector[w] for w in t]) for t in TABLES]
     boxes = token_boxes((SIDE, SIDE), None)
     log, saved = (out / "log.jsonl").open("a"), time.time()
     stats: dict[str, list[float]] = {}
@@ -69,7 +68,7 @@ def teach(
             coming = pool.submit(make, step + 1)
             for g in optimizer.param_groups:
                 g["lr"] = g["peak"] * rate(step, steps, WARMUP)
-            loss, right = lesson(eye, views, boxes, vector, tables, mean, np.random.default_rng([seed, step]))
+            loss, right = lesson(eye, views, boxes, vector, mean, np.random.default_rng([seed, step]))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
@@ -92,8 +91,8 @@ def teach(
 NAMES = ("digit", "word", "colour", "shape", "side", "height")
 
 
-def lesson(eye: Eye, views, boxes: Tensor, vector, tables, mean: Tensor, rng: np.random.Generator):
-    """Loss of one batch, and per table whether each mark was named right."""
+def lesson(eye: Eye, views, boxes: Tensor, vector: dict[str, Tensor], mean: Tensor, rng: np.random.Generator):
+    """Loss of one batch, and per table whether each group of tokens named its word right, among all words of all tables."""
     features = eye.features(normalised([v for v, _ in views])).float()
     rows, owner, background = [], [], []
     said: list[list[tuple[int, str]]] = []
@@ -113,13 +112,12 @@ def lesson(eye: Eye, views, boxes: Tensor, vector, tables, mean: Tensor, rng: np
     target = torch.stack([torch.stack([vector[w] for _, w in names]).sum(0) for names in said])
     pulled = (z[: len(at)] - target[at]).square().sum(-1).mean() + z[len(at) :].square().sum(-1).mean()
     pooled = torch.zeros(len(said), z.shape[1]).index_add(0, at, z[: len(at)]) / at.bincount()[:, None]
-    named, total, right = torch.zeros(()), 0, {}
-    for k, vectors in enumerate(tables):
-        hit = [(j, TABLES[k].index(w)) for j, names in enumerate(said) for t, w in names if t == k]
-        if hit:
-            j, c = torch.tensor(hit).T
-            logits = pooled[j] @ vectors.T
-            named = named + nn.functional.cross_entropy(logits, c, reduction="sum")
-            total += len(hit)
-            right[NAMES[k]] = (logits.argmax(-1) == c).float().tolist()
-    return named / total + 0.02 * pulled, right
+    logits, right = pooled @ torch.stack(list(vector.values())).T, {}
+    which = {w: i for i, w in enumerate(vector)}
+    of, table, word = torch.tensor([(j, t, which[w]) for j, names in enumerate(said) for t, w in names]).T
+    hit = logits[of].argmax(-1) == word
+    for k, name in enumerate(NAMES):
+        if bool((table == k).any()):
+            right[name] = hit[table == k].float().tolist()
+    named = nn.functional.cross_entropy(logits[of], word)
+    return named + 0.02 * pulled, right

@@ -206,10 +206,10 @@ class Toy:
 def test_lesson_rewards_what_a_token_should_say(wrong):
     words = sorted({w for t in TABLES for w in t})
     vector = dict(zip(words, torch.eye(len(words)), strict=True))
-    tables, mean = [torch.stack([vector[w] for w in t]) for t in TABLES], torch.full((len(words),), 0.3)
+    mean = torch.full((len(words),), 0.3)
     views = [view(1, i) for i in range(4)]
     loss, right = lesson(
-        Toy(views, vector, mean, wrong), views, token_boxes((224, 224), None), vector, tables, mean, np.random.default_rng(0)
+        Toy(views, vector, mean, wrong), views, token_boxes((224, 224), None), vector, mean, np.random.default_rng(0)
     )
     hits = [h for v in right.values() for h in v]
     assert (np.mean(hits) == 0) if wrong else (np.mean(hits) == 1 and loss < 2.5)
