@@ -177,13 +177,15 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
     stages = []
     if "steps" in run.get("see", {}):
         stages.append(f"tower and projector learn to name what a token shows ({run['see']['steps']} steps of 8 views)")
+    if run.get("hear"):
+        stages.append(f"on the frozen encoder's output the projector learns to name what sounds ({run['hear']['steps']} steps)")
     if recipe.start:
         stages.append(f"the trained parts of `{recipe.start}` are taken over")
-    stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of two items; {sources})")
+    stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of some 1,000 tokens; {sources})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [
-        f"**Recipe.** {'; then '.join(stages)}. Most steps show a random 3 to 25 % of the tokens and those that are "
-        f"asked for, some all of them. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
+        f"**Recipe.** {'; then '.join(stages)}. Most items show a random 0.4 to 30 % of their tokens and those "
+        f"that are asked for, some all of them. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
         f"{run['versions']['torch']}, transformers {run['versions']['transformers']}.",
         f"```\npython -m mmcompress.zoo.train {name} --steps {run['answer']['steps']}\n"
         f"python -m mmcompress.zoo.train {name} --steps {blind['answer']['steps']} --blind\n"
