@@ -180,7 +180,7 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
     if run.get("hear"):
         stages.append(f"on the frozen encoder's output the projector learns to name what sounds ({run['hear']['steps']} steps)")
     if recipe.start:
-        stages.append(f"the trained parts of `{recipe.start}` are taken over")
+        stages.append(run.get("start", f"the trained parts of `{recipe.start}` are taken over"))
     stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of some 1,000 tokens; {sources})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [
