@@ -66,7 +66,7 @@ ABOUT = {
         "a small LLaVA-OneVision for short clips",
         "8 frames of 224 x 224, 64 tokens each (the mean of 2 x 2), and a newline behind the last: 513.",
         (SMOLLM2, DINOV2),
-        "tower (the LoRA of `image`), projector, newline, language model (LoRA, rank 8)",
+        "tower (LoRA, rank 16), projector, newline, language model (LoRA, rank 8)",
         PHOTOS,
         "Its clips have eight frames; longer ones were not trained.",
     ),
