@@ -173,7 +173,7 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
     if name not in RECIPES:
         return []
     run, blind, recipe = card["trained"], card["trained_blind"], RECIPES[name]
-    sources = ", ".join(f"{round(s.scenes * run['scale'])} scenes of {s.name}" for s in recipe.sources)
+    sources = ", ".join(f"{n} scenes of {name}" for name, n in run["sources"].items())
     stages = []
     if "steps" in run.get("see", {}):
         stages.append(f"tower and projector learn to name what a token shows ({run['see']['steps']} steps of 8 views)")
@@ -181,12 +181,11 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
         stages.append(f"on the frozen encoder's output the projector learns to name what sounds ({run['hear']['steps']} steps)")
     if recipe.start:
         stages.append(run.get("start", f"the trained parts of `{recipe.start}` are taken over"))
-    stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps of some 1,000 tokens; {sources})")
+    stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps; {sources}; {run['reading']})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [
-        f"**Recipe.** {'; then '.join(stages)}. Most items show a random 0.4 to 30 % of their tokens and those "
-        f"that are asked for, some all of them. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
-        f"{run['versions']['torch']}, transformers {run['versions']['transformers']}.",
+        f"**Recipe.** {'; then '.join(stages)}. AdamW, cosine, clip 1.0, seed {run['seed']}; {run['date']}, torch "
+        f"{run['versions']['torch']}, transformers {run['versions']['transformers']}.{run.get('since', '')}",
         f"```\npython -m mmcompress.zoo.train {name} --steps {run['answer']['steps']}\n"
         f"python -m mmcompress.zoo.train {name} --steps {blind['answer']['steps']} --blind\n"
         f"python -m mmcompress.zoo.measure {name} runs/{name} runs/{name}-blind\n```",

@@ -39,6 +39,11 @@ PREFIX = "model.language_model."
 
 BUDGET = 1024
 """Tokens of a step: items are drawn until their tokens and questions reach it."""
+READING = (
+    "some 1,000 tokens a step; most items show a random 0.4 to 30 % of their tokens and those that are asked for, "
+    "some all of them"
+)
+"""`_drawn` in words, for the card."""
 QUESTION = 24
 """Tokens of a question with its frame, about."""
 
@@ -92,7 +97,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     model, processor = _build(args.name, args.cache_dir)
     model.requires_grad_(False)
     out = args.out
-    report: dict[str, Any] = {}
+    sources = {s.name: max(round(s.scenes * args.scale), 2) for s in recipe.sources}
+    report: dict[str, Any] = {"sources": sources, "reading": READING}
     main_sense: Any = sense_of(args.name, model, processor)
     start = None if args.blind else args.start or (Path("runs") / recipe.start if recipe.start else None)
     if not args.blind and (recipe.see or start):
@@ -108,7 +114,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     senses = [views[s.thumbnail] for s in recipe.sources]
     scenes: list[list[Seen]] = []
     for source, sense in zip(recipe.sources, senses, strict=True):
-        task, n = create_task(source.task), max(round(source.scenes * args.scale), 2)
+        task, n = create_task(source.task), sources[source.name]
         if args.blind:
             scenes.append([hidden(s) for s in task.scenes("train", n, args.seed)])
         else:
