@@ -135,10 +135,12 @@ class TokenHash(NamedTuple):
         return cls(assignment, anchor.clamp(max=N - 1), size, mask)
 
 
-def place_summary(hashed: TokenHash, position: Tensor, tables: list[Tensor]) -> Tensor:
-    """Mean over each code's tokens of e_t + e_h + e_w, [B, K, F]; position [B, N, 3], tables [T, F], [H, F] and [W, F]."""
+def place_summary(
+    hashed: TokenHash, position: Tensor, tables: list[Tensor], of: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Mean over each code's tokens of `of`(e_t + e_h + e_w), [B, K, F]; position [B, N, 3], tables [T, F], [H, F], [W, F]."""
     places: Tensor = sum(table[position[..., axis]] for axis, table in enumerate(tables))  # type: ignore[assignment]
-    return ops.merge(places, hashed.assignment, hashed.anchor.shape[1])[0]
+    return ops.merge(of(places), hashed.assignment, hashed.anchor.shape[1])[0]
 
 
 def stretch(table: Tensor, length: int) -> Tensor:
@@ -151,6 +153,8 @@ def stretch(table: Tensor, length: int) -> Tensor:
 class HashMapper(nn.Module):
     """Lets every codeword know where its tokens stand and what stands beside it: mapper, then attention over the codes.
 
+    The mean over a code's tokens is taken behind the mapper's first layer: before it, a shape that crosses the picture to the
+    left and one that crosses it to the right would have the same mean place.
     The output projection starts at zero, so that an untrained module gives back the codebook bit for bit.
     """
 
@@ -174,7 +178,7 @@ class HashMapper(nn.Module):
         if bool((position >= torch.tensor(grid, device=position.device)).any()):
             raise ValueError(f"position must lie on the item's grid {grid}, got {position.flatten(0, 1).amax(0).tolist()}")
         tables = [stretch(p, length) for p, length in zip(self.places, grid, strict=True)]
-        places = self.mlp(place_summary(hashed, position, tables))  # [B, K, D]
+        places = self.mlp[2](place_summary(hashed, position, tables, self.mlp[:2]))  # [B, K, D]
         codes = codebook.to(table.dtype)
         attended, _ = self.attention(codes, codes, places, key_padding_mask=~hashed.mask, need_weights=False)
         return (codes + attended).to(codebook.dtype)

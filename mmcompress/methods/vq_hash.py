@@ -9,9 +9,10 @@ Differences: k-means is seeded and guards zero tokens (released: NaN); a codewor
 tokens, which loses the projector's scale); the number of codes is at the bend of the distortion (released: the offset of the
 search is forgotten); codes stand in the order of their first token, at its position, and empty ones are left out (released:
 renumbered, in the order of the clusters). The paper's MLP of the flattened index map fits one grid only, and the released
-attention reads cluster numbers as if they were quantities and is off in the shipped configuration; ours averages learned places
-over each code's tokens, so it takes any grid and no numbering. `mode="official"` covers start, Lloyd, elbow, normalised
-codebook and labels of the release. Gradients pass through the codewords' means, 1 / n to each of n tokens, not through labels.
+attention reads cluster numbers as if they were quantities and is off in the shipped configuration; ours averages over each
+code's tokens what a layer makes of their learned places, so it takes any grid and no numbering, and knows a way from the way
+back. `mode="official"` covers start, Lloyd, elbow, normalised codebook and labels of the release. Gradients pass through the
+codewords' means, 1 / n to each of n tokens, not through labels.
 """
 
 from functools import cache

@@ -371,19 +371,20 @@ def naive_mapper(mapper, codebook, assignment, position, grid):
     """One item: mapper and attention as sums over heads and codes, from the module's parameters."""
     w = {k: v.detach().double() for k, v in mapper.state_dict().items()}
     K, D = codebook.shape
-    m = torch.zeros(K, w["places.0"].shape[1], dtype=torch.float64)
+    h = torch.zeros(K, D, dtype=torch.float64)
     for k in range(K):
         members = [i for i, a in enumerate(assignment.tolist()) if a == k]
         for i in members:
+            place = torch.zeros(w["places.0"].shape[1], dtype=torch.float64)
             for axis in range(3):
                 table, n, at = w[f"places.{axis}"], grid[axis], int(position[i, axis])
                 if n > len(table):  # between two rows
                     p = at * (len(table) - 1) / (n - 1)
                     low = min(int(p), len(table) - 2)
-                    m[k] += (table[low] * (low + 1 - p) + table[low + 1] * (p - low)) / len(members)
+                    place += table[low] * (low + 1 - p) + table[low + 1] * (p - low)
                 else:
-                    m[k] += table[at] / len(members)
-    h = torch.nn.functional.gelu(m @ w["mlp.0.weight"].T + w["mlp.0.bias"])
+                    place += table[at]
+            h[k] += torch.nn.functional.gelu(place @ w["mlp.0.weight"].T + w["mlp.0.bias"]) / len(members)
     values = h @ w["mlp.2.weight"].T + w["mlp.2.bias"]
     B = codebook.double()
     q, k, v = (a @ p.T for a, p in zip((B, B, values), w["attention.in_proj_weight"].chunk(3), strict=True))
@@ -427,6 +428,23 @@ def test_the_mapper_reads_where_codes_stand():
     match = torch.cdist(a, b).argmin(1)
     torch.testing.assert_close(a, b[match], rtol=1e-5, atol=1e-5)  # the codewords do not tell the order of the frames
     assert (method(tokens).x[0] - other.x[0][match]).abs().max() > 0.05
+
+
+def test_the_mapper_tells_a_way_from_the_way_back():
+    mapper = trained(HashMapper(16, 6, 5, 4, 0))
+    moves = []
+    for way in (range(4), range(3, -1, -1)):
+        labels = torch.zeros(1, 4, 1, 4, dtype=torch.long)
+        for t, w in enumerate(way):
+            labels[0, t, 0, w] = 1
+        tokens = Tokens.of(torch.zeros(16, 1), Layout("video", (4, 1, 4)))
+        hashed = TokenHash.of(labels.flatten(1))
+        code = int(hashed.assignment.view(4, 4)[0, way[0]])
+        moves.append((mapper(torch.ones(1, 2, 16), hashed, tokens.position, (4, 1, 4)), tokens.position, hashed, code))
+    tables = [p[:n] for p, n in zip(mapper.places, (4, 1, 4), strict=True)]
+    there, back = (place_summary(h, p, tables)[0, code] for _, p, h, code in moves)
+    torch.testing.assert_close(there, back)  # the mean place is the same
+    assert (moves[0][0][0, moves[0][3]] - moves[1][0][0, moves[1][3]]).abs().max() > 1e-3
 
 
 def test_save_and_load(tmp_path):
