@@ -10,7 +10,7 @@ from mmcompress import create, list_methods
 from mmcompress.registry import get_method
 from mmcompress.testing import assert_close, tiny_inputs
 
-FAMILIES = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_audio")
+FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen2_audio")
 ROWS = 4
 
 
@@ -18,7 +18,7 @@ def settings(name, family):
     """Fields with which a method decides differently for the samples of a random model's batch; otherwise the defaults."""
     if name == "vq_hash":  # a tiny item has few tokens
         return {"num_codes": 5}
-    return {"threshold": 0.9 if family == "llava_next" else 0.7} if name == "relevance_drop" else {}
+    return {"threshold": 0.9 if family in ("llava_next", "llava_onevision") else 0.7} if name == "relevance_drop" else {}
 
 
 def refusal(model, name, **fields):

@@ -10,6 +10,7 @@ true places and original positions; the released order is `official_emission`.
 """
 
 from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ class GlobalGuided(Compressor):
     alpha: weight of the thumbnail's map in a crop token's score, the rest is its own logit.
     scores: "cls" (logits of the CLS query), "centroid" (−cosine to the view's mean tower feature) or "auto" (CLS where the
     tower has one).
+    Clips pass untouched: vidcom2 is its sibling for them.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
 
     mode: str = "corrected"
     temperature: float = 10.0

@@ -191,6 +191,11 @@ def test_centroid_scores_are_used_without_cls():
         assert torch.equal(out.anchor, explicit.anchor)
 
 
+def test_clips_pass_untouched():
+    tokens = Tokens.of(torch.randn(8, 4), Layout("video", (2, 2, 2)), tower=torch.randn(1, 8, 6))
+    assert create("global_guided", keep_ratio=0.25)(tokens).num_kept == 8
+
+
 def test_empty_crops_get_nothing():
     case = square(4, (2, 2)) | {"h0": 10, "w0": 1000}  # a strip: the canvas shows no full row of it
     box = unpadded_box(Layout("image", (1, 8, 8), (2, 2), 4, (10, 1000)), 0)
