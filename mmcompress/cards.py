@@ -6,6 +6,7 @@ python -m mmcompress.cards [README.md]     writes the tables between `<!-- NAME 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -96,7 +97,39 @@ def zoo_table() -> str:
     return table()
 
 
-TABLES = {"methods": method_table, "families": family_table, "zoo": zoo_table}
+def pillars_table() -> str:
+    """What `mmcompress bench --preset pillars` measured last, one table for all models and tasks."""
+    from mmcompress.eval.bench import CONFIGS
+
+    file = CONFIGS.parent / "results" / "pillars.json"
+    if not file.is_file():
+        return "Not measured yet."
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    full = {(r["model"], r["task"]): r["accuracy"] for r in rows if r["label"] == "none"}
+    head = ["model, task", "method", "tokens", "kept %", "accuracy %", "95 %", "of uncompressed", "evidence %"]
+    lines = [
+        [
+            f"{r['model'].removeprefix('zoo:')}, {r['task']}",
+            r["label"],
+            f"{r['tokens_kept']:.0f}",
+            f"{100 * r['tokens_kept'] / r['tokens_in']:.0f}",
+            f"{100 * r['accuracy']:.1f}",
+            " – ".join(f"{100 * v:.1f}" for v in r["interval"]),
+            f"{100 * r['accuracy'] / full[r['model'], r['task']]:.0f} %",
+            "–" if r["evidence_recall"] is None else f"{100 * r['evidence_recall']:.0f}",
+            *(_points(r[name]) for name in ("to_random", "to_uniform")),
+        ]
+        for r in rows
+    ]
+    return markdown([*head, "to random_keep", "to uniform_keep"], lines)
+
+
+def _points(gap: dict[str, Any] | None) -> str:
+    """'+4.2 *' of a paired difference; the star says that its interval leaves out 0."""
+    return "–" if gap is None else f"{100 * gap['mean']:+.1f}".replace("-", "−") + (" *" if gap["beyond"] else "")
+
+
+TABLES = {"methods": method_table, "families": family_table, "zoo": zoo_table, "pillars": pillars_table}
 
 
 def update(text: str) -> str:

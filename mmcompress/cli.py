@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmcompress.io import named
 from mmcompress.registry import create, did_you_mean
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -196,7 +197,7 @@ def compressors(args: argparse.Namespace) -> dict[str, Any]:
     names = [n.strip() for n in args.method.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"--method must name each method once, got {args.method!r}")
-    return {name: create(name, **fields) for name in names}
+    return {name: named(name, **fields) for name in names}
 
 
 # run
@@ -309,7 +310,7 @@ def _inspect(args: argparse.Namespace) -> None:
         pictures = viz.backdrops(seen(processor, media, item.layout, inputs), item.layout, sampling_rate(processor))
         ratio = f"keep_ratio {compressor.keep_ratio:g} · " if getattr(compressor, "has_ratio", True) else ""
         sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", ratio + viz.describe(item))
-        path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{name}.png"
+        path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{Path(name).name.replace(':', '-')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
         written.append({"method": compressor.config(), "file": str(path), **answer.ledger.totals()})
@@ -393,7 +394,7 @@ def _bench_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples-seed", type=int, metavar="S", help="seed of the questions (default: 0)")
     p.add_argument("--preset", metavar="NAME", help="a plan of benchmarks/configs, or a .json file, in place of the above")
     p.add_argument("--timing", action="store_true", help="also time prefills: medians, and each method's own cost")
-    p.add_argument("--dtype", default="float32", metavar="D", help="float32, bfloat16, float16, or auto (default: float32)")
+    p.add_argument("--dtype", metavar="D", help="float32, bfloat16, float16, or auto (default: the preset's, else float32)")
     p.add_argument("--fresh", action="store_true", help="measure again what --out holds already")
     p.add_argument("--out", metavar="DIR", help="folder for results, table and plot (default: runs/bench)")
 
@@ -417,7 +418,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.preset is not None:
         if given.keys() - {"n"}:
             raise ValueError(f"--preset takes the place of --{sorted(given.keys() - {'n'})[0].replace('_', '-')}, got both")
-        sweeps, path = load_preset(args.preset)
+        sweeps, path, dtype = load_preset(args.preset)
         out, stem = (path.parent, path.name) if args.out is None else (Path(args.out), "results")
         for sweep in sweeps:
             sweep.n = given.get("n", sweep.n)
@@ -426,10 +427,11 @@ def _bench(args: argparse.Namespace) -> None:
         for name in ("keep_ratio", "seeds"):
             lists |= {name: [_number(v) for v in lists[name]]} if name in lists else {}
         sweeps = [Sweep(**BENCH | lists, n=given.get("n", 200), seed=given.get("samples_seed", 0))]
-        out, stem = Path(args.out or "runs/bench"), "results"
-    pick_dtype(args.dtype)
+        out, stem, dtype = Path(args.out or "runs/bench"), "results", "float32"
+    dtype = args.dtype or dtype
+    pick_dtype(dtype)
     quiet()
-    options: dict[str, Any] = {"dtype": args.dtype, "timing": args.timing, "fresh": args.fresh, "progress": not args.json}
+    options: dict[str, Any] = {"dtype": dtype, "timing": args.timing, "fresh": args.fresh, "progress": not args.json}
     report = bench(sweeps, out, stem=stem, **options)
     if args.json:
         emit({**report.to_json(), "files": {k: str(p) for k, p in files(out, stem).items()}})

@@ -31,11 +31,12 @@ def save_pretrained(compressor: Compressor, folder: str | Path) -> None:
 
 
 def from_pretrained(folder: str | Path) -> Compressor:
-    """The compressor that `save_pretrained` wrote. Raises ValueError where the files are missing, broken or do not fit
-    each other."""
+    """The compressor that `save_pretrained` wrote into a folder, or "zoo:NAME" for one that ships trained ("zoo:vq_hash", for
+    the zoo's video model). Raises ValueError where the files are missing, broken or do not fit each other."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / CONFIG
+    folder = folder_of(folder)
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -43,13 +44,35 @@ def from_pretrained(folder: str | Path) -> Compressor:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     compressor = from_config(config)
-    weights = Path(folder) / WEIGHTS
+    weights = folder / WEIGHTS
     state = load_file(weights) if weights.exists() else {}
     expected = set(compressor.state_dict())
     if set(state) != expected:
         raise ValueError(f"{WEIGHTS} must hold the parameters {sorted(expected)}, got {sorted(state)}")
     compressor.load_state_dict(state)
     return compressor
+
+
+def folder_of(name: str | Path) -> Path:
+    """The folder itself, or of "zoo:NAME" the one that ships. Raises ValueError for a NAME that does not."""
+    if not str(name).startswith("zoo:"):
+        return Path(name)
+    shipped = Path(__file__).parent / "zoo" / "parts"
+    known = sorted(f"zoo:{file.parent.name}" for file in shipped.glob(f"*/{CONFIG}"))
+    if name not in known:
+        raise ValueError(f"folder must be one that holds {CONFIG} or one of {known}, got {str(name)!r}")
+    return shipped / str(name).removeprefix("zoo:")
+
+
+def named(name: str, **fields: Any) -> Compressor:
+    """A new compressor of a method's name and fields, or a trained one: a folder, or "zoo:NAME", which takes no fields."""
+    from mmcompress.registry import create
+
+    if not (name.startswith("zoo:") or (Path(name) / CONFIG).is_file()):
+        return create(name, **fields)
+    if fields:
+        raise ValueError(f"{name} is trained as it stands and takes no fields, got {', '.join(fields)}")
+    return from_pretrained(name)
 
 
 def apply_from_config(model: Any) -> Any:

@@ -87,3 +87,16 @@ def test_the_models_config_remembers(tmp_path):
     mmc.restore_(loaded)
     with pytest.raises(ValueError, match=r"config\.mmcompress"):
         mmc.apply_from_config(loaded)
+
+
+def test_named(tmp_path):
+    from mmcompress.io import named
+
+    mmc.save_pretrained(mmc.create("k_center", keep_ratio=0.5), tmp_path)
+    assert named("k_center", keep_ratio=0.5).config() == named(str(tmp_path)).config()
+    with pytest.raises(ValueError, match="takes no fields, got keep_ratio"):
+        named(str(tmp_path), keep_ratio=0.5)
+    with pytest.raises(ValueError, match="got 'zoo:nothing'"):
+        named("zoo:nothing")
+    with pytest.raises(ValueError, match="unknown method 'k_centre'"):
+        named("k_centre")

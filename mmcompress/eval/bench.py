@@ -17,10 +17,13 @@ import numpy as np
 
 from mmcompress.cards import has_ratio
 from mmcompress.compressor import Compressor, check_ratio, from_config
-from mmcompress.eval.loop import RANDOM, UNCOMPRESSED, Difference, Result, bootstrap, mean_scores, paired
+from mmcompress.eval.loop import RANDOM, UNCOMPRESSED, Difference, Result, bootstrap, described, mean_scores, paired
+from mmcompress.io import CONFIG, from_pretrained
 from mmcompress.registry import create, did_you_mean, field_names, get_method
 
 CONTROLS = (RANDOM, "uniform_keep")
+GAPS = {"to_none": UNCOMPRESSED, "to_random": RANDOM, "to_uniform": CONTROLS[1]}
+"""Fields of a row that hold the paired difference to a control."""
 PIECE = 8  # items after which a sweep that is stopped would go on
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 """Presets, in a checkout of the repository."""
@@ -40,7 +43,8 @@ class Setting:
 
 @dataclass
 class Sweep:
-    """Models × tasks × methods × ratios × seeds. methods: names, or dicts of a method's fields with an optional "label"."""
+    """Models × tasks × methods × ratios × seeds. methods: names, or dicts: a method's fields, {"chain": […]}, or {"trained": a
+    folder or "zoo:NAME"}; each may have a "label" and, where it has no keep_ratio, a "ratio" at which the controls stand."""
 
     models: list[str]
     tasks: list[str]
@@ -66,31 +70,36 @@ class Sweep:
         asked = [s for m in self.methods for s in _settings(m, self.keep_ratio, self.seeds)]
         ratios = list(dict.fromkeys(s.ratio for s in asked if s.ratio is not None))
         made = [s for name in (UNCOMPRESSED, *CONTROLS) for s in _settings(name, ratios, self.seeds)] + asked
-        return list({json.dumps([s.label, s.compressor.config()]): s for s in made}.values())
+        return list({json.dumps([s.label, described(s.compressor)]): s for s in made}.values())
 
 
 def _settings(method: str | dict[str, Any], ratios: Sequence[float], seeds: Sequence[int]) -> list[Setting]:
-    """A method at every ratio, where it has one, and with every seed, where it has that field; a field given is not varied."""
-    fields: dict[str, Any] = {"method": method} if isinstance(method, str) else dict(method)
-    label = fields.pop("label", None)
-    if "chain" in fields:  # "ratio" says at which ratio of random_keep it is compared
-        ratio = fields.pop("ratio", None)
+    """A method at every ratio, where it has one, and with every seed, where it has that field; a field given is not varied.
+    A trained method, a folder or "zoo:NAME", runs as it stands."""
+    if isinstance(method, str):
+        method = {"trained": method} if method.startswith("zoo:") or (Path(method) / CONFIG).is_file() else {"method": method}
+    fields: dict[str, Any] = dict(method)
+    label, ratio = fields.pop("label", None), fields.pop("ratio", None)
+    if "chain" in fields:
         return [Setting(label or " | ".join(part["method"] for part in fields["chain"]), ratio, from_config(fields))]
+    if "trained" in fields:
+        return [Setting(label or fields["trained"], ratio, from_pretrained(fields["trained"]))]
     name: str = fields.pop("method", None)
     known = field_names(get_method(name))
     label = label or " ".join([name, *(f"{k}={v}" for k, v in fields.items() if k != "seed")])
     out: list[Setting] = []
-    for ratio in ratios if has_ratio(name) and "keep_ratio" not in fields else [None]:
+    for keep in ratios if has_ratio(name) and "keep_ratio" not in fields else [None]:
         for seed in seeds if "seed" in known and "seed" not in fields else [None]:
-            varied = {} if ratio is None else {"keep_ratio": ratio}
+            varied = {} if keep is None else {"keep_ratio": keep}
             varied |= {} if seed is None else {"seed": seed}
-            out.append(Setting(label, fields.get("keep_ratio", ratio), create(name, **fields, **varied)))
+            mine = fields.get("keep_ratio", ratio if keep is None else keep)
+            out.append(Setting(label, mine, create(name, **fields, **varied)))
     return out
 
 
-def load_preset(name: str) -> tuple[list[Sweep], Path]:
-    """The sweeps of `benchmarks/configs/NAME.json` and the path stem of its results, `benchmarks/results/NAME`; of another
-    .json file with that path `runs/bench/NAME`."""
+def load_preset(name: str) -> tuple[list[Sweep], Path, str]:
+    """The sweeps of `benchmarks/configs/NAME.json`, the path stem of its results, `benchmarks/results/NAME`, and its dtype; of
+    another .json file with that path `runs/bench/NAME`."""
     path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not path.is_file():
         known = sorted(p.stem for p in CONFIGS.glob("*.json"))
@@ -100,7 +109,8 @@ def load_preset(name: str) -> tuple[list[Sweep], Path]:
         sweeps = [Sweep(**sweep) for sweep in config["sweeps"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold 'sweeps', a list of {list(Sweep.__dataclass_fields__)}: {error}") from error
-    return sweeps, (Path("runs/bench") if name.endswith(".json") else CONFIGS.parent / "results") / path.stem
+    stem = (Path("runs/bench") if name.endswith(".json") else CONFIGS.parent / "results") / path.stem
+    return sweeps, stem, config.get("dtype", "float32")
 
 
 # running it
@@ -131,7 +141,8 @@ class Report:
 
 @dataclass
 class Row:
-    """A line of the table: the mean over the seeds of a method at one ratio. Tokens, rows and FLOPs are means per question."""
+    """A line of the table: the mean over the seeds of a method at one ratio. Tokens, rows and FLOPs are means per question.
+    topics: accuracy by topic, and the paired differences to the controls on its questions alone."""
 
     model: str
     task: str
@@ -151,6 +162,8 @@ class Row:
     seconds: float
     to_none: Difference | None = None
     to_random: Difference | None = None
+    to_uniform: Difference | None = None
+    topics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, setting: Setting, results: Sequence[Result]) -> Row:
@@ -179,7 +192,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in asdict(self).items():
-            if name in ("to_none", "to_random"):
+            if name in GAPS:
                 gap = getattr(self, name)
                 value = None if gap is None else gap.to_json()
             elif isinstance(value, float):
@@ -311,7 +324,7 @@ def _model_name(name: str) -> str:
 
 
 def _key(result: Result, compressor: Compressor | None = None) -> str:
-    key = result.key if compressor is None else {**result.key, "compressor": compressor.config()}
+    key = result.key if compressor is None else {**result.key, "compressor": described(compressor)}
     return json.dumps(key, sort_keys=True)
 
 
@@ -339,12 +352,14 @@ def rows_of(found: Iterable[tuple[Setting, Result]]) -> list[Row]:
     for (model, task, samples, label, ratio), members in groups.items():
         mine = [r for _, r in members]
         row = Row.of(members[0][0], mine)
-        control = groups.get((model, task, samples, UNCOMPRESSED, None))
-        if control and label != UNCOMPRESSED:
-            row.to_none = paired(mine, [r for _, r in control])
-        control = groups.get((model, task, samples, RANDOM, ratio))
-        if control and label != RANDOM:
-            row.to_random = paired(mine, [r for _, r in control])
+        row.topics = {t: {"accuracy": round(float(np.mean([r.by_topic[t][0] for r in mine])), 5)} for t in mine[0].by_topic}
+        for name, other in GAPS.items():
+            control = groups.get((model, task, samples, other, None if other == UNCOMPRESSED else ratio))
+            if control and label != other:
+                theirs = [r for _, r in control]
+                setattr(row, name, paired(mine, theirs))
+                for topic, told in row.topics.items() if len(row.topics) > 1 else ():
+                    told[name] = paired(mine, theirs, topic=topic).to_json()
         rows.append(row)
     return rows
 
@@ -373,7 +388,7 @@ def blind_accuracy(model: str, task: str) -> float | None:
 
 HEAD = [
     "method", "ratio", "accuracy %", "95 %", "kept %", "separators", "sequence", "FLOPs %", "evidence %",
-    "to uncompressed", "to random_keep",
+    "to uncompressed", "to random_keep", "to uniform_keep",
 ]  # fmt: skip
 TIMES = ["prefill ms", "of uncompressed", "own cost"]
 NOTE = "* the 95 % interval of the paired difference (points; bootstrap over items) leaves out 0."
@@ -394,6 +409,7 @@ def cells(row: Row, time: dict[str, Any] | None, timed: bool) -> list[str]:
         "–" if row.evidence_recall != row.evidence_recall else f"{100 * row.evidence_recall:.1f}",
         gap(row.to_none),
         gap(row.to_random),
+        gap(row.to_uniform),
     ]
     if timed:
         out += (

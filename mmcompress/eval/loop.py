@@ -70,9 +70,10 @@ class Difference:
         return {"mean": round(self.mean, 5), "interval": [round(self.low, 5), round(self.high, 5)], "beyond": self.beyond}
 
 
-def paired(a: Sequence[Result] | Result, b: Sequence[Result] | Result, seed: int = 0) -> Difference:
+def paired(a: Sequence[Result] | Result, b: Sequence[Result] | Result, seed: int = 0, topic: str | None = None) -> Difference:
     """How much better a is than b, question by question; of several results (seeds) the mean score of each question.
 
+    topic: of its questions alone.
     Raises ValueError where they did not answer the same samples.
     """
     first, second = ([r] if isinstance(r, Result) else list(r) for r in (a, b))
@@ -80,8 +81,9 @@ def paired(a: Sequence[Result] | Result, b: Sequence[Result] | Result, seed: int
         raise ValueError(
             f"results must be of the same samples to be paired, got {sorted({r.samples for r in (*first, *second)})}"
         )
-    gap = mean_scores(first) - mean_scores(second)
-    return Difference(float(gap.mean()), *bootstrap(gap, first[0].items, seed))
+    asked = np.array([topic in (None, t) for t in first[0].topics])
+    gap = (mean_scores(first) - mean_scores(second))[asked]
+    return Difference(float(gap.mean()), *bootstrap(gap, np.array(first[0].items)[asked], seed))
 
 
 def mean_scores(results: Sequence[Result]) -> np.ndarray:
@@ -236,6 +238,11 @@ def weights_of(model: Any) -> str:
         some = flat[:: max(1, len(flat) // 8)][:16].float().cpu().numpy()
         hashed.update(f"{name}{tuple(p.shape)}".encode() + some.tobytes())
     return hashed.hexdigest()[:16]
+
+
+def described(compressor: Compressor) -> dict[str, Any]:
+    """Its configuration, and of one with parameters a fingerprint of them."""
+    return compressor.config() | ({"weights": weights_of(compressor)} if compressor.state_dict() else {})
 
 
 def environment(model: Any) -> dict[str, Any]:
@@ -422,7 +429,9 @@ def sweep(
     length = max_new_tokens or (TRANSCRIPT if getattr(model.config, "is_encoder_decoder", False) else MAX_NEW_TOKENS)
     where, print_of = environment(model), fingerprint(asked)
     name = task_name(task)
-    results = [Result(model_name, name, c.config(), seed, print_of, chance=task.chance, environment=where) for c in compressors]
+    results = [
+        Result(model_name, name, described(c), seed, print_of, chance=task.chance, environment=where) for c in compressors
+    ]
     ledgers: dict[int, Ledger] = {}
     for result, compressor in zip(results, compressors, strict=True):  # what cannot run is known before anything is computed
         try:

@@ -23,6 +23,7 @@ from mmcompress.eval.evidence import evidence_recall
 from mmcompress.eval.tasks import Evidence, Scene, Task
 from mmcompress.eval.tasks.base import Box
 from mmcompress.eval.tasks.base import Question as Asked
+from mmcompress.io import save_pretrained
 from mmcompress.ledger import Decoder
 
 WORDS = ("w20 w21", "w30 w31 w32 w33 w34", "w40", "w50 w51 w52")
@@ -414,11 +415,12 @@ def test_the_files_of_a_benchmark(bencher):
 
 def test_presets(tmp_path):
     for path in bench.CONFIGS.glob("*.json"):
-        sweeps, stem = bench.load_preset(path.stem)
+        sweeps, stem, dtype = bench.load_preset(path.stem)
         assert sweeps and stem.name == path.stem and stem.parent.name == "results"
     own = tmp_path / "mine.json"
     own.write_text(json.dumps({"sweeps": [{"models": ["image"], "tasks": ["detail"], "methods": ["tome"]}]}))
-    (one,), stem = bench.load_preset(str(own))
+    (one,), stem, dtype = bench.load_preset(str(own))
+    assert dtype == "float32"
     assert stem == Path("runs/bench/mine") and [s.label for s in one.settings()][-1] == "tome"
     own.write_text(json.dumps({"sweeps": [{"modles": ["image"]}]}))
     with pytest.raises(ValueError, match="modles"):
@@ -437,6 +439,22 @@ def test_a_chain_and_fields_in_a_plan():
     controls = [(m, r) for m in ("random_keep", "uniform_keep") for r in (0.25, 0.5)]
     assert list(made) == [("none", None), *controls, ("k_center | pooling", 0.25), ("late", 0.5), ("relevance_drop", None)]
     assert made["late", 0.5].layer == 4 and len(made["k_center | pooling", 0.25].stages) == 2
+
+
+def test_a_trained_method_in_a_plan(bencher, tmp_path):
+    shapes = {"num_codes": 2, "mapper": True, "width": bencher.model.get_input_embeddings().weight.shape[1], "num_heads": 1}
+    method = create("vq_hash", **shapes)
+    save_pretrained(method, tmp_path / "a")
+    torch.nn.init.normal_(method.hash_mapper.attention.out_proj.weight)
+    save_pretrained(method, tmp_path / "b")
+    plan = Sweep(["m"], ["t"], [str(tmp_path / "a"), {"trained": str(tmp_path / "b"), "label": "b", "ratio": 0.25}])
+    made = {s.label: s for s in plan.settings()}
+    assert made["b"].ratio == 0.25 and made[str(tmp_path / "a")].ratio is None and len(made) == 5
+    a, b = (loop.described(made[label].compressor) for label in (str(tmp_path / "a"), "b"))
+    assert a.pop("weights") != b.pop("weights") and a == b  # another training is another measurement
+    for label, wrong in {"zoo:nothing": "zoo:nothing", "nowhere": "unknown method"}.items():
+        with pytest.raises(ValueError, match=wrong):
+            Sweep(["m"], ["t"], [label])
 
 
 def test_blind_accuracy_comes_from_the_card(tmp_path, monkeypatch):
