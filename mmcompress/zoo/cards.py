@@ -181,6 +181,8 @@ def _training(name: str, card: dict[str, Any]) -> list[str]:
         stages.append(f"on the frozen encoder's output the projector learns to name what sounds ({run['hear']['steps']} steps)")
     if recipe.start:
         stages.append(run.get("start", f"the trained parts of `{recipe.start}` are taken over"))
+    if recipe.lora:
+        stages.append(f"the language model starts from the LoRA of `{recipe.lora}`")
     stages.append(f"projector and LoRA learn to answer ({run['answer']['steps']} steps; {sources}; {run['reading']})")
     minutes = sum(run.get(s, {}).get("cpu_minutes", 0) for s in ("see", "answer"))
     return [

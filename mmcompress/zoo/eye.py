@@ -82,7 +82,6 @@ class QwenEye(Eye):
     tower_prefix = "model.visual.blocks."
     projector_prefix = "model.visual.merger."
     ends = ("mlp.0", "mlp.2")
-    places = 0  # m-RoPE says where a token stands
 
     def __init__(self, model: Any) -> None:
         self.encoder = model.model.visual

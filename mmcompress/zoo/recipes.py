@@ -10,12 +10,14 @@ from mmcompress.zoo.sense import Clip, Grid, Picture, Sense, Sound
 
 @dataclass(frozen=True)
 class Source:
-    """Scenes of a task in the training mixture: how many, and their share of the steps. thumbnail: one view only."""
+    """Scenes of a task in the training mixture: how many, and their share of the steps (early: in the first half of them).
+    thumbnail: one view only."""
 
     task: str
     scenes: int
     weight: float
     thumbnail: bool = False
+    early: float | None = None
 
     @property
     def name(self) -> str:
@@ -25,13 +27,15 @@ class Source:
 @dataclass(frozen=True)
 class Recipe:
     """see: steps of the first stage (0: the encoder stays as it is); hear: the same for sound, of the projector alone.
-    start: the model from whose trained parts this one starts. answer: steps of the last stage, some 1,000 tokens each.
+    start: the model from whose trained parts this one starts; lora: the same, of the language model's part alone.
+    answer: steps of the last stage, some 1,000 tokens each.
     rates: peak learning rates of projector and LoRA."""
 
     sources: tuple[Source, ...]
     see: int = 0
     hear: int = 0
     start: str | None = None
+    lora: str | None = None
     answer: int = 1000
     rates: tuple[float, float] = (3e-5, 8e-4)
 
@@ -39,19 +43,19 @@ class Recipe:
 RECIPES = {
     "image": Recipe(
         see=1135,
-        answer=260,
+        answer=960,
         sources=(
-            Source("detail", 300, 0.34),
-            Source("relations", 200, 0.2),
-            Source("document", 250, 0.2),
-            Source("easy_vqa", 60, 0.04),
-            Source("relations", 600, 0.18, thumbnail=True),
-            Source("easy_vqa", 100, 0.04, thumbnail=True),
+            Source("detail", 300, 0.32, early=0.3),
+            Source("relations", 200, 0.2, early=0.12),
+            Source("document", 250, 0.2, early=0.06),
+            Source("easy_vqa", 60, 0.04, early=0.02),
+            Source("relations", 600, 0.2, early=0.48, thumbnail=True),
+            Source("easy_vqa", 100, 0.04, early=0.02, thumbnail=True),
         ),
     ),
     "video": Recipe(
         start="image",
-        answer=180,
+        answer=420,
         sources=(Source("video_order", 130, 0.42), Source("video_event", 170, 0.58)),
     ),
     "audio": Recipe(
@@ -61,8 +65,9 @@ RECIPES = {
         answer=320,
     ),
     "mrope": Recipe(
-        see=240,
-        answer=500,
+        see=420,
+        lora="image",
+        answer=220,
         sources=(Source("relations", 700, 0.7), Source("easy_vqa", 300, 0.3)),
     ),
 }

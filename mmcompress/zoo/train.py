@@ -40,8 +40,8 @@ PREFIX = "model.language_model."
 BUDGET = 1024
 """Tokens of a step: items are drawn until their tokens and questions reach it."""
 READING = (
-    "some 1,000 tokens a step; most items show a random 0.4 to 30 % of their tokens and those that are asked for, "
-    "some all of them"
+    "some 1,000 tokens a step; one step in ten (in the last quarter two in five) shows its items whole, the others a random "
+    "0.4 to 30 % of their tokens and those that are asked for"
 )
 """`_drawn` in words, for the card."""
 QUESTION = 24
@@ -57,10 +57,13 @@ def choose(seen: Seen, share: float, rng: np.random.Generator) -> Tensor:
     return keep.nonzero()[:, 0]
 
 
+def whole(rng: np.random.Generator, progress: float) -> bool:
+    """Whether a step shows its items whole, as they are read later: now and then at first, often at the end."""
+    return bool(rng.random() < (0.1 if progress < 0.75 else 0.4))
+
+
 def share_of(rng: np.random.Generator, progress: float) -> float:
-    """The share of tokens that a reading shows: at first little else than what is asked for, at the end more often all."""
-    if rng.random() < (0.004 if progress < 0.75 else 0.04):
-        return 1.0
+    """The share of tokens that a reading shows: at first little else than what is asked for."""
     low, high = (0.004, 0.06) if progress < 0.5 else (0.02, 0.3)
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
@@ -125,6 +128,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     layers = add_lora_(model.model.language_model, torch.Generator().manual_seed(args.seed))
     if start:
         _take_over(start, main_sense, layers, args.seed)
+    elif recipe.lora and not args.blind:
+        _reads(layers, Path("runs") / recipe.lora)
     elif recipe.hear and not args.blind:
         heard = out / "hear.json"
         if not (out / "answer.json").is_file():  # a state of the last stage holds the projector too
@@ -163,6 +168,11 @@ def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int
     tensors[weight] = tensors[weight] * sense.eye.std
     for name, p in sense.trained.items():
         p.data.copy_(tensors[name])
+    _reads(layers, parts)
+
+
+def _reads(layers: dict[str, LoRALinear], parts: Path) -> None:
+    """The LoRA of trained parts, in place."""
     for name, value in load_file(parts / "lora.safetensors").items():
         layer, _, which = name.removeprefix(PREFIX).rpartition(".weight.lora_")
         getattr(layers[layer], which).data.copy_(value)
@@ -181,15 +191,13 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     done = state.load()
     report["answer"] = {"steps": done, "cpu_minutes": state.cpu_minutes}
     reader = Reader(senses[0])
-    weights = np.array([s.weight for s in recipe.sources])
-    weights = weights / weights.sum()
     log, saved = (args.out / "log.jsonl").open("a"), time.time()
     stats: dict[str, list] = {}
     for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="answer", mininterval=10)):
         for g in optimizer.param_groups:
             g["lr"] = g["peak"] * rate(step, steps)
         rng = np.random.default_rng([args.seed, step])
-        items, topics = _drawn(recipe, scenes, weights, step / steps, rng, args.blind)
+        items, topics = _drawn(recipe, scenes, step / steps, rng, args.blind)
         losses, right = reader.read(items)
         losses.mean().backward()
         for topic, ok in zip(topics, right, strict=True):
@@ -209,15 +217,17 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
             saved = time.time()
 
 
-def _drawn(recipe: Recipe, scenes: list[list[Seen]], weights, progress: float, rng: np.random.Generator, blind: bool):
+def _drawn(recipe: Recipe, scenes: list[list[Seen]], progress: float, rng: np.random.Generator, blind: bool):
     """The items of a step with their questions and tokens, and the topic of every question."""
     items: list[tuple[Seen, list[Any], Tensor | None]] = []
     topics: list[str] = []
-    size = 0
+    size, all_of_it = 0, whole(rng, progress)
+    weights = np.array([s.weight if progress >= 0.5 or s.early is None else s.early for s in recipe.sources])
+    weights /= weights.sum()
     while size < BUDGET:
         k = int(rng.choice(len(weights), p=weights))
         seen = scenes[k][int(rng.integers(len(scenes[k])))]
-        keep = None if blind else choose(seen, share_of(rng, progress), rng)
+        keep = None if blind else choose(seen, 1.0 if all_of_it else share_of(rng, progress), rng)
         asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[:6]]
         cost = 5 + QUESTION * len(asked) + (0 if keep is None else len(keep))
         if items and size + cost > BUDGET * 1.1:

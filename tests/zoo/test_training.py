@@ -17,10 +17,10 @@ from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
 from mmcompress.zoo.measure import kept, measure, summary
 from mmcompress.zoo.reader import Reader
-from mmcompress.zoo.recipes import sense_of
+from mmcompress.zoo.recipes import Recipe, Source, sense_of
 from mmcompress.zoo.see import lesson
 from mmcompress.zoo.sense import hidden, store
-from mmcompress.zoo.train import PREFIX, _take_over, choose, main
+from mmcompress.zoo.train import BUDGET, PREFIX, _drawn, _reads, _take_over, choose, main
 from mmcompress.zoo.views import TABLES, spelled, view
 
 ITEM = {"image": "images", "video": "videos", "audio": "audio"}
@@ -223,6 +223,32 @@ def test_a_step_shows_a_share_and_what_is_asked_for():
     sizes = [(len(keep), int(shows[keep].sum())) for keep in (choose(seen, 0.1, np.random.default_rng(i)) for i in range(40))]
     assert 90 < np.mean([n for n, _ in sizes]) < 140 and {20} < {m for _, m in sizes} and min(m for _, m in sizes) > 0
     assert len(choose(seen, 1.0, np.random.default_rng(0))) == 1000
+
+
+def test_some_steps_show_their_items_whole_and_the_mixture_changes():
+    seen = hidden(next(create_task("relations").scenes("train", 1)))
+    seen.order, seen.shows = torch.arange(200)[:, None], torch.zeros(200, dtype=torch.bool)
+    recipe = Recipe((Source("detail", 1, 0.1, early=0.9), Source("relations", 1, 0.9, early=0.1)))
+
+    def steps(progress):
+        drawn = [_drawn(recipe, [[seen], [seen]], progress, np.random.default_rng(i), blind=False) for i in range(80)]
+        whole = [{len(keep) == 200 for _, _, keep in items} for items, _ in drawn]
+        assert all(len(w) == 1 for w in whole)  # all items of a step, or none
+        assert all(sum(len(k) + 24 * len(q) + 5 for _, q, k in items) <= 1.1 * BUDGET for items, _ in drawn)
+        topics = [t for _, step in drawn for t in step]
+        return np.mean([w == {True} for w in whole]), np.mean([t.startswith("detail") for t in topics])
+
+    (early, detail), (late, rarely) = steps(0.2), steps(0.9)
+    assert 0.02 < early < 0.2 and 0.25 < late < 0.55 and detail > 0.8 and rarely < 0.2
+
+
+def test_a_language_model_starts_from_another_s(tmp_path):
+    net = {"layer": torch.nn.Linear(4, 3)}
+    theirs, mine = (add_lora_(torch.nn.ModuleDict(net), torch.Generator().manual_seed(i), rank=2) for i in (0, 1))
+    theirs["layer"].b.data.normal_()
+    save_file({k: v.contiguous() for k, v in lora_state(theirs, PREFIX).items()}, tmp_path / "lora.safetensors")
+    _reads(mine, tmp_path)
+    assert torch.equal(mine["layer"].a, theirs["layer"].a) and torch.equal(mine["layer"].b, theirs["layer"].b)
 
 
 def test_training_runs_resumes_and_measures(tmp_path, capsys):
