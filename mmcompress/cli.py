@@ -295,6 +295,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
     from mmcompress import viz
     from mmcompress.ask import Question, ask, prepare, sampling_rate, seen
+    from mmcompress.compressor import Chain
+    from mmcompress.eval.loop import ratio_of
 
     file = Path(*args.image, *args.video, *args.audio)
     model, processor, items = _load(args)
@@ -306,10 +308,16 @@ def _inspect(args: argparse.Namespace) -> None:
     for name, compressor in made.items():
         progress(f"asking with {name}")
         answer = ask(model, processor, inputs, compressor, 1)
-        item = answer.items[0]
+        item, then = answer.items[0], ""
+        if not len(item.anchor) and len(compressor.stages) > 1:  # a chain that drops all in the end: what it had before
+            *before, last = compressor.stages
+            item = ask(model, processor, inputs, Chain(parts=tuple(before)), 1).items[0]
+            place = f"layer {last.layer}" if isinstance(last.layer, int) else f"{last.layer:g} of the decoder's depth"
+            then = f"; {last.name} drops them all at {place}"
         pictures = viz.backdrops(seen(processor, media, item.layout, inputs), item.layout, sampling_rate(processor))
-        ratio = f"keep_ratio {compressor.keep_ratio:g} · " if getattr(compressor, "has_ratio", True) else ""
-        sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", ratio + viz.describe(item))
+        keep = ratio_of(compressor)
+        told = ("" if keep is None else f"keep_ratio {keep:g} · ") + viz.describe(item) + then
+        sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", told)
         path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{Path(name).name.replace(':', '-')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)

@@ -187,9 +187,8 @@ def layers(shown: Sequence[View], pictures: Sequence[Image.Image]) -> list[np.nd
     _, index, size = np.unique(output * (row.max() + 1) + row, return_inverse=True, return_counts=True)
     mean = np.stack([np.bincount(index, channel) for channel in colour.T], -1) / size[:, None]
     out = np.zeros((len(output), 4), dtype=np.uint8)
-    codes = output.max() + 1
-    if merged.any() and codes <= CODES and len(output) >= CODE_SIZE * codes and not sound:
-        out[merged, :3], out[merged, 3] = palette(codes)[output[merged]], CODE_BLEND
+    if merged.any() and _coded(shown):
+        out[merged, :3], out[merged, 3] = palette(output.max() + 1)[output[merged]], CODE_BLEND
     else:
         out[merged, :3], out[merged, 3] = mean[index][merged].round(), BLEND
     out[output < 0] = DIM
@@ -233,19 +232,40 @@ def panel(view: View, picture: Image.Image, layer: np.ndarray, size: tuple[int, 
     for fill, width in (((0, 0, 0, 70), 3), ((255, 255, 255, 130), 1)):  # to be seen on dark and on light
         for x0, y0, x1, y1 in outlines(view):
             draw.line([(x0 * sx, y0 * sy), (x1 * sx, y1 * sy)], fill, width)
-    for y, x in zip(*np.nonzero((view.picks >= 0) & (view.picks < PICKS)), strict=True):
-        _pill(draw, ((x + 0.15) * sx, (y + 0.1) * sy), str(view.picks[y, x] + 1), size=int(np.clip(0.6 * sy, 10, 22)))
     if len(view.regions) > 1:
         for r in view.regions:
             left, up, right, down = (r.box[0] * sx, r.box[1] * sy, r.box[2] * sx, r.box[3] * sy)
             draw.rectangle([left, up, right - 1, down - 1], outline=(*ACCENT, 235), width=2)
         for r in view.regions:
             _pill(draw, (r.box[0] * sx + 8, r.box[1] * sy + 8), f"{r.kept}/{r.total}", size=max(13, size[1] // 30))
+    for y, x in zip(*np.nonzero((view.picks >= 0) & (view.picks < PICKS)), strict=True):
+        _pill(draw, ((x + 0.15) * sx, (y + 0.1) * sy), str(view.picks[y, x] + 1), size=int(np.clip(0.6 * sy, 10, 22)))
     return Image.alpha_composite(base, ink).convert("RGB")
 
 
-LEGEND = "dimmed: dropped   ·   averaged, or one colour a codeword: merged   ·   as it is: kept   ·   numbers: the first picks"
 STRIP = 8  # frames beside each other
+
+
+def legend(shown: Sequence[View]) -> str:
+    """What can be seen in the views."""
+    dropped, merged, picked = (
+        any(v.any() for v in part) for part in zip(*((v.output < 0, v.merged, v.picks >= 0) for v in shown), strict=True)
+    )
+    kept = any((v.output >= 0).any() for v in shown)
+    words = "one colour a codeword" if merged and _coded(shown) else "averaged, outlined"
+    told = [
+        (dropped, "dimmed: dropped"),
+        (merged, f"{words}: merged"),
+        (kept, "as it is: kept"),
+        (picked, "numbers: the first picks"),
+    ]
+    return "   ·   ".join(text for is_there, text in told if is_there)
+
+
+def _coded(shown: Sequence[View]) -> bool:
+    """Whether the item became a few codewords, which get a colour each."""
+    codes, cells = 1 + max(int(v.output.max()) for v in shown), sum(v.output.size for v in shown)
+    return shown[0].kind != "audio" and codes <= CODES and cells >= CODE_SIZE * codes
 
 
 def picture_of(item: Any, pictures: Sequence[Image.Image], title: str, subtitle: str = "", height: int = 640) -> Image.Image:
@@ -264,7 +284,7 @@ def picture_of(item: Any, pictures: Sequence[Image.Image], title: str, subtitle:
     rows = [range(i, min(i + STRIP, len(shown))) for i in range(0, len(shown), STRIP)]
     title_font, font, small = (_font(s) for s in (28, 17, 16))
     wide = max(sum(sizes[i][0] for i in row) + gap * (len(row) - 1) for row in rows)
-    width = int(max(wide, title_font.getlength(title), font.getlength(subtitle), small.getlength(LEGEND))) + 2 * margin
+    width = int(max(wide, title_font.getlength(title), font.getlength(subtitle), small.getlength(legend(shown)))) + 2 * margin
     axis = 30 if item.layout.kind == "audio" else 0
     row_height = max(h for _, h in sizes) + axis + foot
     sheet = Image.new("RGB", (width, head + len(rows) * row_height + line + 28), PAPER)
@@ -283,7 +303,7 @@ def picture_of(item: Any, pictures: Sequence[Image.Image], title: str, subtitle:
                 text = f"{view.kept} of {view.total}"
             draw.text((x, below), text, MUTED, small)
             x += size[0] + gap
-    draw.text((margin, sheet.height - line - 20), LEGEND, MUTED, small)
+    draw.text((margin, sheet.height - line - 20), legend(shown), MUTED, small)
     return sheet
 
 

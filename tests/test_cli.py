@@ -254,6 +254,17 @@ def test_inspect_writes_one_picture_per_method(capsys, model, tmp_path):
     assert code == 0 and text.strip() == str(one) and one.exists()
 
 
+def test_inspect_shows_what_a_chain_had_before_it_drops_all(capsys, model, tmp_path):
+    common = ("inspect", "--model", model("llava"), "--image", PHOTO, "--keep-ratio", "0.5", "--out", tmp_path)
+    late, first = (
+        result(capsys, *common, *rest)[0]
+        for rest in (("--method", "todre", "--set", "threshold=0.999"), ("--method", "k_center"))
+    )
+    sheets = [np.asarray(Image.open(w["file"]).convert("RGB"))[:, :300] for w in (late, first)]
+    assert (sheets[0][104:-60] == sheets[1][104:-60]).mean() > 0.99  # the same tokens; the legends differ
+    assert Image.open(late["file"]).width > Image.open(first["file"]).width  # by the sentence that says what came of them
+
+
 def test_inspect_draws_a_strip_of_a_clip_and_a_spectrogram_of_a_recording(capsys, model, tmp_path):
     cv2 = pytest.importorskip("cv2")
     soundfile = pytest.importorskip("soundfile")

@@ -82,6 +82,7 @@ class QwenEye(Eye):
     tower_prefix = "model.visual.blocks."
     projector_prefix = "model.visual.merger."
     ends = ("mlp.0", "mlp.2")
+    places = 0  # its rotary positions are relative, no token can know where it stands; m-RoPE tells the language model
 
     def __init__(self, model: Any) -> None:
         self.encoder = model.model.visual

@@ -43,7 +43,7 @@ class Recipe:
 RECIPES = {
     "image": Recipe(
         see=1135,
-        answer=960,
+        answer=1080,
         sources=(
             Source("detail", 300, 0.32, early=0.3),
             Source("relations", 200, 0.2, early=0.12),
@@ -65,7 +65,7 @@ RECIPES = {
         answer=320,
     ),
     "mrope": Recipe(
-        see=420,
+        see=560,
         lora="image",
         answer=220,
         sources=(Source("relations", 700, 0.7), Source("easy_vqa", 300, 0.3)),
