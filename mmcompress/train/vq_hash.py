@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from mmcompress import zoo
 from mmcompress.compressor import Compressor
-from mmcompress.eval.loop import pick_dtype
+from mmcompress.eval.loop import pick_dtype, weights_of
 from mmcompress.eval.tasks import create_task
-from mmcompress.io import CONFIG, save_pretrained
+from mmcompress.io import CONFIG, from_pretrained, save_pretrained
 from mmcompress.registry import create
 from mmcompress.tokens import Layout, Tokens
 from mmcompress.zoo.eye import GRID
@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     args.out.mkdir(parents=True, exist_ok=True)
     model, processor = zoo.load("video", cache_dir=args.cache_dir)
+    weights = weights_of(model)
     model.requires_grad_(False)
     dtype = pick_dtype(args.dtype)
     for part in (model.model.vision_tower, model.model.language_model, model.lm_head):
@@ -180,7 +181,10 @@ def main(argv: list[str] | None = None) -> None:
 
     began, reader = time.time(), Reader(Rows(sense))
     last = train(method, reader, clips("train", args.scenes), args.out, args.steps, args.batch, args.lr, args.seed, args.resume)
-    record: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "cache_dir", "resume")}}
+    save_pretrained(method.half(), args.out)  # as it ships; the accuracy below is of what was saved
+    method = from_pretrained(args.out)
+    record: dict[str, Any] = {"model": {"zoo": "video", "weights": weights}}
+    record |= {"settings": {k: v for k, v in vars(args).items() if k not in ("out", "cache_dir", "resume")}}
     record |= {"train": last, "minutes_of_last_call": round((time.time() - began) / 60, 1)}
     if args.test_scenes:
         test, codebook = clips("test", args.test_scenes), create("vq_hash", seed=args.seed, **codes)

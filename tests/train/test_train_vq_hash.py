@@ -9,6 +9,7 @@ import torch
 
 from mmcompress import create, zoo
 from mmcompress.ask import Question, prepare
+from mmcompress.eval.loop import weights_of
 from mmcompress.eval.tasks import create_task
 from mmcompress.eval.tasks.base import Question as Asked
 from mmcompress.io import from_pretrained
@@ -166,3 +167,11 @@ def test_the_script(video, tmp_path, monkeypatch, capsys):
     assert "method written to" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*run, "--steps", "0"])
+
+
+def test_what_ships_was_trained_for_the_video_model_that_ships():
+    method, model = from_pretrained("zoo:vq_hash"), zoo.load("video")[0]
+    record = json.loads((zoo.parts_dir("video").parent / "vq_hash" / "run.json").read_text())
+    assert record["model"]["weights"] == weights_of(model) and method.mapper
+    assert method.hash_mapper.attention.out_proj.weight.abs().max() > 0
+    assert record["accuracy"]["trained"] > record["accuracy"]["codebook"]
