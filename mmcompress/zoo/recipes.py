@@ -67,7 +67,7 @@ RECIPES = {
     "mrope": Recipe(
         see=560,
         lora="image",
-        answer=220,
+        answer=150,
         sources=(Source("relations", 700, 0.7), Source("easy_vqa", 300, 0.3)),
     ),
 }
