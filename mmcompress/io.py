@@ -64,11 +64,16 @@ def folder_of(name: str | Path) -> Path:
     return shipped / str(name).removeprefix("zoo:")
 
 
+def is_trained(name: str) -> bool:
+    """Whether this names a trained compressor, "zoo:NAME" or a folder that holds one, and no method."""
+    return name.startswith("zoo:") or (Path(name) / CONFIG).is_file()
+
+
 def named(name: str, **fields: Any) -> Compressor:
     """A new compressor of a method's name and fields, or a trained one: a folder, or "zoo:NAME", which takes no fields."""
     from mmcompress.registry import create
 
-    if not (name.startswith("zoo:") or (Path(name) / CONFIG).is_file()):
+    if not is_trained(name):
         return create(name, **fields)
     if fields:
         raise ValueError(f"{name} is trained as it stands and takes no fields, got {', '.join(fields)}")

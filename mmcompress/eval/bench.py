@@ -18,7 +18,7 @@ import numpy as np
 from mmcompress.cards import has_ratio
 from mmcompress.compressor import Compressor, check_ratio, from_config
 from mmcompress.eval.loop import RANDOM, UNCOMPRESSED, Difference, Result, bootstrap, described, mean_scores, paired
-from mmcompress.io import CONFIG, from_pretrained
+from mmcompress.io import from_pretrained, is_trained
 from mmcompress.registry import create, did_you_mean, field_names, get_method
 
 CONTROLS = (RANDOM, "uniform_keep")
@@ -77,7 +77,7 @@ def _settings(method: str | dict[str, Any], ratios: Sequence[float], seeds: Sequ
     """A method at every ratio, where it has one, and with every seed, where it has that field; a field given is not varied.
     A trained method, a folder or "zoo:NAME", runs as it stands."""
     if isinstance(method, str):
-        method = {"trained": method} if method.startswith("zoo:") or (Path(method) / CONFIG).is_file() else {"method": method}
+        method = {"trained" if is_trained(method) else "method": method}
     fields: dict[str, Any] = dict(method)
     label, ratio = fields.pop("label", None), fields.pop("ratio", None)
     if "chain" in fields:
