@@ -126,7 +126,7 @@ def features(num: int, tokens: int, width: int, kind: str = "real") -> torch.Ten
 
 def mv_loop(x, k, first=0):
     x = x / x.norm(dim=1, keepdim=True)
-    distance, picks = torch.full((len(x),), torch.inf), []
+    distance, picks = torch.full((len(x),), torch.inf, device=x.device), []
     for _ in range(k):
         picks.append(first)
         distance = torch.minimum(distance, 1 - torch.mv(x, x[first]))
@@ -183,7 +183,7 @@ def chat_univi(x, k, num_neighbors):
     distance = torch.cdist(x[None], x[None]) / x.shape[1] ** 0.5
     nearest = distance.topk(num_neighbors, dim=-1, largest=False).values
     density = (-(nearest**2).mean(-1)).exp()
-    density = density + torch.rand(density.shape) * 1e-6
+    density = density + torch.rand(density.shape, device=x.device) * 1e-6
     mask = (density[:, None, :] > density[:, :, None]).type(x.dtype)
     most = distance.flatten(1).max(-1).values[:, None, None]
     separation = (distance * mask + most * (1 - mask)).min(-1).values

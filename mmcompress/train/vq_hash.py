@@ -48,14 +48,14 @@ class Rows(Sense):
         super().__init__(sense.model, sense.processor)
         self.kind = sense.kind
 
-    def embed(self, seen: Seen, keep: Tensor) -> Tensor:
-        return seen.features[keep].float()
+    def embed(self, *shown: tuple[Seen, Tensor]) -> Tensor:
+        return torch.cat([seen.features[keep].float() for seen, keep in shown])
 
 
 @torch.no_grad()
 def embedded(sense: Sense, seen: Seen) -> Seen:
     """The item with its tokens' embeddings [S, D], float16, as features."""
-    return replace(seen, features=sense.embed(seen, torch.arange(len(seen.order))).half())
+    return replace(seen, features=sense.embed((seen, torch.arange(len(seen.order)))).half())
 
 
 def reduced(method: Compressor, seen: Seen) -> Seen:

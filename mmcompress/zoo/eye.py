@@ -46,12 +46,13 @@ class Eye:
         self.std: Tensor = torch.ones(())
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.encoder.parameters()).dtype
+    def like(self) -> Tensor:
+        """Of the encoder's dtype and device."""
+        return next(self.encoder.parameters())
 
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, 224, 224] -> [B, 256, W], in the encoder's dtype."""
-        states = self.encoder(pixels.to(self.dtype), output_hidden_states=True).hidden_states
+        states = self.encoder(pixels.to(self.like), output_hidden_states=True).hidden_states
         return torch.cat([states[i] for i in FEATURE_LAYERS], -1)[:, 1:]
 
     def project(self, x: Tensor) -> Tensor:
@@ -98,8 +99,9 @@ class QwenEye(Eye):
         from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
         config: Any = self.encoder.config
+        grid = grid.to(self.like.device)
         window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-        out = self.encoder(x.to(self.dtype), grid).last_hidden_state[torch.argsort(window)]
+        out = self.encoder(x.to(self.like), grid).last_hidden_state[torch.argsort(window)]
         return self.projector.ln_q(out.float())  # type: ignore[operator]
 
     def project(self, x: Tensor) -> Tensor:

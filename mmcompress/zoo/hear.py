@@ -53,14 +53,14 @@ def lesson(sense: Any, scenes: list[list[Seen]], names: list[str], vectors: Tens
         for mark in seen.marks:
             x = seen.features[heard(mark)]
             take = rng.choice(len(x), min(len(x), int(rng.integers(1, 9))), replace=False)
-            rows.append(x[torch.from_numpy(take)])
+            rows.append(x[torch.from_numpy(take).to(x.device)])
             owner += [len(label)] * len(take)
             label.append(names.index(mark.words[0]))
-        silent.append(seen.features[(~seen.shows).nonzero()[:16, 0]])
-    at, target = torch.tensor(owner), torch.tensor(label)
+        silent.append(seen.features[(~seen.shows).nonzero()[:16, 0].to(seen.features.device)])
+    at, target = (torch.tensor(x, device=vectors.device) for x in (owner, label))
     z = sense.project(torch.cat([*rows, *silent])) - mean
     said, rest = z[: len(at)], z[len(at) :]
-    pooled = torch.zeros(len(label), z.shape[1]).index_add(0, at, said) / at.bincount()[:, None]
+    pooled = z.new_zeros(len(label), z.shape[1]).index_add(0, at, said) / at.bincount()[:, None]
     logits = pooled @ vectors.T
     pulled = (said - vectors[target[at]]).square().sum(-1).mean() + rest.square().sum(-1).mean()
     loss = nn.functional.cross_entropy(logits, target) + 0.02 * pulled

@@ -21,8 +21,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, generator: torch.Generator, rank: int = RANK) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.a = nn.Parameter(torch.randn(rank, base.in_features, generator=generator) * base.in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+        a, b = torch.randn(rank, base.in_features, generator=generator), torch.zeros(base.out_features, rank)
+        self.a, self.b = (nn.Parameter(x.to(base.weight.device)) for x in (a * base.in_features**-0.5, b))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + (x @ self.a.T.to(x.dtype)) @ (self.b.T * (ALPHA / RANK)).to(x.dtype)
@@ -51,7 +51,7 @@ def merge_lora(state: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) ->
         if name not in state:
             raise ValueError(f"lora must hold adapters of known weights, got one for {name!r}")
         b, a = lora[name + ".lora_b"].float(), lora[name + ".lora_a"].float()
-        state[name] = state[name] + (b @ a) * (ALPHA / RANK)
+        state[name] = state[name] + (b @ a * (ALPHA / RANK)).to(state[name].device)
 
 
 def apply_parts_(state: dict[str, torch.Tensor], folder: Path) -> None:

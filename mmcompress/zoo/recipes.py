@@ -45,12 +45,12 @@ RECIPES = {
         see=1135,
         answer=1080,
         sources=(
-            Source("detail", 300, 0.32, early=0.3),
-            Source("relations", 200, 0.2, early=0.12),
-            Source("document", 250, 0.2, early=0.06),
-            Source("easy_vqa", 60, 0.04, early=0.02),
-            Source("relations", 600, 0.2, early=0.48, thumbnail=True),
-            Source("easy_vqa", 100, 0.04, early=0.02, thumbnail=True),
+            Source("detail", 200, 0.2, early=0.15),
+            Source("relations", 300, 0.25, early=0.15),
+            Source("document", 200, 0.15, early=0.05),
+            Source("easy_vqa", 40, 0.04, early=0.02),
+            Source("relations", 2000, 0.32, early=0.6, thumbnail=True),
+            Source("easy_vqa", 100, 0.04, early=0.03, thumbnail=True),
         ),
     ),
     "video": Recipe(
@@ -68,7 +68,7 @@ RECIPES = {
         see=560,
         lora="image",
         answer=150,
-        sources=(Source("relations", 700, 0.7), Source("easy_vqa", 300, 0.3)),
+        sources=(Source("relations", 2000, 0.85), Source("easy_vqa", 300, 0.15)),
     ),
 }
 

@@ -106,16 +106,17 @@ def lesson(eye: Eye, views, boxes: Tensor, vector: dict[str, Tensor], mean: Tens
                 said.append(names)
         other = np.nonzero(label < 0)[0]
         background.append(b * TOKENS + rng.choice(other, min(len(other), 16), replace=False))
-    at, flat = torch.tensor(owner), features.flatten(0, 1)
+    device, flat = features.device, features.flatten(0, 1)
+    at = torch.tensor(owner, device=device)
     index = torch.from_numpy(np.concatenate([*rows, *background]))
-    z = eye.project(flat[index]) - mean
+    z = eye.project(flat[index.to(device)]) - mean
     target = torch.stack([torch.stack([vector[w] for _, w in names]).sum(0) for names in said])
     pulled = (z[: len(at)] - target[at]).square().sum(-1).mean() + z[len(at) :].square().sum(-1).mean()
-    pooled = torch.zeros(len(said), z.shape[1]).index_add(0, at, z[: len(at)]) / at.bincount()[:, None]
+    pooled = z.new_zeros(len(said), z.shape[1]).index_add(0, at, z[: len(at)]) / at.bincount()[:, None]
     logits, right = pooled @ torch.stack(list(vector.values())).T, {}
     which = {w: i for i, w in enumerate(vector)}
-    of, table, word = torch.tensor([(j, t, which[w]) for j, names in enumerate(said) for t, w in names]).T
-    mine = torch.zeros_like(logits, dtype=torch.bool).index_put((of, word), torch.tensor(True))
+    of, table, word = torch.tensor([(j, t, which[w]) for j, names in enumerate(said) for t, w in names], device=device).T
+    mine = torch.zeros_like(logits, dtype=torch.bool).index_put((of, word), torch.tensor(True, device=device))
     hit = mine.gather(1, logits.argmax(-1, keepdim=True))[of, 0]  # a single token may say either of its two words
     for k, name in enumerate(NAMES):
         if bool((table == k).any()):

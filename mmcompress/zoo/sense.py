@@ -1,12 +1,15 @@
 """What a zoo model's encoder gives for the item of a scene, and how the model packs it: computed once, then trained on.
 
 One class a kind of item. `Seen` is the common form: rows of encoder output, which of them each token averages, where the token
-stands, and whether it shows anything that a question asks for.
+stands, and whether it shows anything that a question asks for. Scenes are made and looked at by any process, encoded in batches
+by the one that holds the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mmcompress.eval.tasks.base import Mark, Question, Scene, Task
@@ -21,6 +25,8 @@ from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import GRID, SIDE, TOKENS, Eye, QwenEye, normalised
 
 NEWLINE = -1
+BATCH = 16  # scenes that are encoded at once where all are kept in memory
+VIEWS = 128  # views that it takes at once
 
 
 @dataclass
@@ -41,8 +47,15 @@ class Seen:
     marks: list[Mark] = field(default_factory=list)
 
 
+NOTHING = torch.zeros(0, 0, dtype=torch.float16)
+
+
 class Sense:
-    """Base: `see(scene)` gives a `Seen`, `embed` makes embeddings of the language model of its tokens."""
+    """Base: `see(scene)` gives a `Seen`, `embed` makes embeddings of the language model of tokens.
+
+    A subclass defines `look(scene)`: what the encoder takes, on the CPU, and a `Seen` without features; and `encode(inputs)`:
+    the features of each. `look` needs no weights.
+    """
 
     kind = "image"
     prefix: str
@@ -51,8 +64,21 @@ class Sense:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.core, self.processor = model, model.model, processor
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def look(self, scene: Scene) -> tuple[Any, Seen]:
+        raise NotImplementedError(f"{type(self).__name__} must define look(scene)")
+
+    def encode(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """Features [M, W], float16, on the model's device."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode(inputs)")
+
+    @torch.inference_mode()
     def see(self, scene: Scene) -> Seen:
-        raise NotImplementedError(f"{type(self).__name__} must define see(scene)")
+        given, seen = self.look(scene)
+        return replace(seen, features=self.encode([given])[0])
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -73,13 +99,15 @@ class Sense:
         """The trained visual tensors, the features' scale folded into them."""
         return {n: p.detach() for n, p in self.trained.items()}
 
-    def embed(self, seen: Seen, keep: Tensor) -> Tensor:
-        """Embeddings [k, D] of the tokens `keep` [k], float32."""
-        order = seen.order[keep]
-        x = self.project(seen.features[order.clamp(min=0).flatten()]).unflatten(0, order.shape).mean(1)
-
+    def embed(self, *shown: tuple[Seen, Tensor]) -> Tensor:
+        """Embeddings [k, D], float32, of items' tokens: of each item those in `keep` [k], one item behind the other."""
+        order = torch.cat([seen.order[keep] for seen, keep in shown])
+        rows = torch.cat(
+            [seen.features[seen.order[keep].clamp(min=0).flatten().to(seen.features.device)] for seen, keep in shown]
+        )
+        x = self.project(rows).unflatten(0, order.shape).mean(1)
         newline = order[:, 0] == NEWLINE
-        return torch.where(newline[:, None], self.core.image_newline, x) if bool(newline.any()) else x
+        return torch.where(newline[:, None].to(x.device), self.core.image_newline, x) if bool(newline.any()) else x
 
 
 class Sight(Sense):
@@ -99,6 +127,12 @@ class Sight(Sense):
     def project(self, x: Tensor) -> Tensor:
         return self.eye.project(x)
 
+    def encode(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """inputs: views [v, 3, 224, 224]. The CPU takes them one by one, its kernels are prepared for one shape."""
+        views = torch.cat(list(inputs)).split(1 if self.device.type == "cpu" else VIEWS)
+        x = torch.cat([self.eye.features(v).half() for v in views])
+        return [f.flatten(0, 1) for f in x.split([len(v) for v in inputs])]
+
     def folded(self) -> dict[str, Tensor]:
         return {**super().folded(), **self.eye.folded()}
 
@@ -110,8 +144,7 @@ class Picture(Sight):
         super().__init__(model, processor, eye)
         self.thumbnail = thumbnail
 
-    @torch.inference_mode()
-    def see(self, scene: Scene) -> Seen:
+    def look(self, scene: Scene) -> tuple[Tensor, Seen]:
         picture = scene.item
         if self.thumbnail:
             order, grid = torch.arange(TOKENS), None
@@ -119,10 +152,9 @@ class Picture(Sight):
         else:
             order, grid = layout(self.model.config, picture.size)
             views = self.processor.image_processor(images=picture, return_tensors="pt").pixel_values[0]
-        features = torch.cat([self.eye.features(v[None]) for v in views]).flatten(0, 1).half()
         marks = token_marks(token_boxes(picture.size, grid), scene.marks)
         shows = (marks[order.clamp(min=0)] >= 0) & (order >= 0)
-        return Seen(features, order[:, None], torch.arange(len(order)), len(order), shows, scene.questions)
+        return views, Seen(NOTHING, order[:, None], torch.arange(len(order)), len(order), shows, scene.questions, scene.marks)
 
 
 class Clip(Sight):
@@ -130,24 +162,21 @@ class Clip(Sight):
 
     kind = "video"
 
-    @torch.inference_mode()
-    def see(self, scene: Scene) -> Seen:
+    def look(self, scene: Scene) -> tuple[Tensor, Seen]:
         frames = scene.item
         views = normalised([f.convert("RGB").resize((SIDE, SIDE), 3) for f in frames])
-        features = torch.cat([self.eye.features(v[None]) for v in views]).flatten(0, 1).half()
-        cell = torch.arange(len(features)).view(len(frames), GRID // 2, 2, GRID // 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 4)
+        cell = (
+            torch.arange(len(frames) * TOKENS)
+            .view(len(frames), GRID // 2, 2, GRID // 2, 2)
+            .permute(0, 1, 3, 2, 4)
+            .reshape(-1, 4)
+        )
         order = torch.cat([cell, torch.full((1, 4), NEWLINE)])
         boxes = token_boxes(frames[0].size, None).view(GRID // 2, 2, GRID // 2, 2, 4).permute(0, 2, 1, 3, 4).reshape(-1, 4, 4)
         boxes = torch.cat([boxes[..., :2].amin(1), boxes[..., 2:].amax(1)], -1)
         shows = [token_marks(boxes, [m for m in scene.marks if m.frame == t]) >= 0 for t in range(len(frames))]
-        return Seen(
-            features,
-            order,
-            torch.arange(len(order)),
-            len(order),
-            torch.cat([*shows, torch.zeros(1, dtype=torch.bool)]),
-            scene.questions,
-        )
+        flag = torch.cat([*shows, torch.zeros(1, dtype=torch.bool)])
+        return views, Seen(NOTHING, order, torch.arange(len(order)), len(order), flag, scene.questions, scene.marks)
 
 
 class Grid(Sight):
@@ -155,17 +184,21 @@ class Grid(Sight):
 
     eye_of = QwenEye
 
-    @torch.inference_mode()
-    def see(self, scene: Scene) -> Seen:
+    def look(self, scene: Scene) -> tuple[tuple[Tensor, Tensor], Seen]:
         batch = self.processor.image_processor(images=[scene.item], return_tensors="pt")
         _, h, w = batch.image_grid_thw[0].tolist()
-        features = self.eye.rows(batch.pixel_values, batch.image_grid_thw).half()  # type: ignore[attr-defined]
         top, left = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         position = torch.stack([torch.zeros_like(top), top, left]).flatten(1)
         cell = torch.tensor([scene.item.width / w, scene.item.height / h]).double().repeat(2)
         boxes = torch.stack([left, top, left + 1, top + 1], -1).flatten(0, 1) * cell
         shows = token_marks(boxes, scene.marks) >= 0
-        return Seen(features, torch.arange(h * w)[:, None], position, max(h, w), shows, scene.questions)
+        seen = Seen(NOTHING, torch.arange(h * w)[:, None], position, max(h, w), shows, scene.questions, scene.marks)
+        return (batch.pixel_values, batch.image_grid_thw), seen
+
+    def encode(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """inputs: the processor's pixel_values and image_grid_thw."""
+        pixels, grids = (torch.cat(x) for x in zip(*inputs, strict=True))
+        return list(self.eye.rows(pixels, grids).half().split(grids.prod(1).tolist()))  # type: ignore[attr-defined]
 
 
 class Sound(Sense):
@@ -173,9 +206,8 @@ class Sound(Sense):
 
     kind, prefix = "audio", "model.multi_modal_projector."
 
-    @torch.inference_mode()
-    def see(self, scene: Scene) -> Seen:
-        extract, tower = self.processor.feature_extractor, self.core.audio_tower
+    def look(self, scene: Scene) -> tuple[tuple[Tensor, int, int], Seen]:
+        extract = self.processor.feature_extractor
         batch = extract(
             [scene.item],
             sampling_rate=extract.sampling_rate,
@@ -183,17 +215,26 @@ class Sound(Sense):
             padding="max_length",
             return_tensors="pt",
         )
-        steps, num = tower._get_feat_extract_output_lengths(batch.attention_mask.sum(-1))
-        dtype = next(tower.parameters()).dtype
-        width = batch.input_features.shape[-1] // 2
-        hidden = torch.arange(width)[None] >= steps[:, None]
-        mask = torch.zeros(1, 1, width, width, dtype=dtype).masked_fill(hidden[:, None, None], float("-inf"))
-        features = tower(batch.input_features.to(dtype), attention_mask=mask).last_hidden_state[0, : int(num)]
-        order = torch.arange(len(features))
-        shows = torch.zeros(len(features), dtype=torch.bool)
+        frames = batch.attention_mask.sum(-1)
+        steps, num = (int(n) for n in self.core.audio_tower._get_feat_extract_output_lengths(frames))
+        order = torch.arange(num)
+        shows = torch.zeros(num, dtype=torch.bool)
         for mark in scene.marks:
             shows[heard(mark)] = True
-        return Seen(features.half(), order[:, None], order, len(order), shows, scene.questions)
+        seen = Seen(NOTHING, order[:, None], order, num, shows, scene.questions, scene.marks)
+        return (batch.input_features, steps, num), seen
+
+    def encode(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """inputs: log-mel features [1, bins, frames], how many of the tower's steps sound, and how many tokens they give."""
+        tower, out = self.core.audio_tower, []
+        like = next(tower.parameters())
+        for mel, steps, num in inputs:
+            width = mel.shape[-1] // 2
+            silent = torch.arange(width, device=like.device)[None] >= steps
+            mask = torch.zeros(1, 1, width, width, dtype=like.dtype, device=like.device)
+            mask = mask.masked_fill(silent[:, None, None], float("-inf"))
+            out.append(tower(mel.to(like), attention_mask=mask).last_hidden_state[0, :num].half())
+        return out
 
 
 def heard(mark: Mark) -> slice:
@@ -205,7 +246,37 @@ def heard(mark: Mark) -> slice:
 def hidden(scene: Scene) -> Seen:
     """A scene whose item nobody looks at."""
     nothing = torch.zeros(0, dtype=torch.long)
-    return Seen(torch.zeros(0, 0), nothing[:, None], nothing, 0, nothing.bool(), scene.questions)
+    return Seen(NOTHING, nothing[:, None], nothing, 0, nothing.bool(), scene.questions)
+
+
+class _Looked(Dataset):
+    """Scenes as a sense looks at them, without the items."""
+
+    def __init__(self, sense: Sense, task: Task, split: str, numbers: range, seed: int) -> None:
+        self.sense, self.task, self.split, self.numbers, self.seed = sense, task, split, numbers, seed
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[Any, Seen]:
+        return self.sense.look(self.task.scene(self.split, self.seed, self.numbers[i]))
+
+
+@torch.inference_mode()
+def encode(sense: Sense, task: Task, split: str, n: int, seed: int) -> list[Seen]:
+    """The first n scenes of a split as the model sees them, features on its device: made by all cores, encoded in batches."""
+    length = task.length(split)
+    numbers = range(n if length is None else min(n, length))
+    cores = max((os.cpu_count() or 1) - 2, 1)
+    loader = DataLoader(_Looked(sense, task, split, numbers, seed), BATCH, num_workers=cores, collate_fn=list)
+    out: list[Seen] = []
+    with tqdm(total=len(numbers), desc=f"encode {task.name}", mininterval=10) as bar:
+        for batch in loader:
+            for (_, seen), features in zip(batch, sense.encode([given for given, _ in batch]), strict=True):
+                own = {k: getattr(seen, k).clone() for k in ("order", "position", "shows")}  # not the workers' shared memory
+                out.append(replace(seen, **own, features=features))
+            bar.update(len(batch))
+    return out
 
 
 def store(sense: Sense, task: Task, split: str, n: int, seed: int, folder: Path) -> list[Seen]:

@@ -51,6 +51,6 @@ class State:
         for i, p in enumerate(self.parameters):
             p.data.copy_(tensors[f"p{i}"])
             moments = {k: tensors[f"{k}.{i}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in tensors}
-            if moments:
-                self.optimizer.state[p] = moments
+            if moments:  # AdamW counts its steps on the CPU
+                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
         return int(saved["step"])

@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import shutil
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,24 +30,26 @@ from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
 from mmcompress.zoo import _build, hear
 from mmcompress.zoo.lora import LoRALinear, add_lora_, lora_state, merge_lora
-from mmcompress.zoo.reader import Reader
+from mmcompress.zoo.reader import Packed, Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
 from mmcompress.zoo.see import scale_of, teach
-from mmcompress.zoo.sense import Seen, Sense, hidden, store
+from mmcompress.zoo.sense import Seen, Sense, encode, hidden, store
 from mmcompress.zoo.state import State, rate
 
 PREFIX = "model.language_model."
 
 
 BUDGET = 1024
-"""Tokens of a step: items are drawn until their tokens and questions reach it."""
+"""Tokens of a step where --tokens does not say: items are drawn until their tokens and questions reach it."""
 READING = (
-    "some 1,000 tokens a step; one step in ten (in the last quarter two in five) shows its items whole, the others a random "
-    "0.4 to 30 % of their tokens and those that are asked for"
+    "some {tokens:,} tokens a step; one step in ten (in the last quarter two in five) shows its items whole, the others a "
+    "random 0.4 to 30 % of their tokens and those that are asked for"
 )
 """`_drawn` in words, for the card."""
 QUESTION = 24
 """Tokens of a question with its frame, about."""
+PACE = 30
+"""Steps by whose time --minutes is turned into a number of steps, after as many to warm up."""
 
 
 def choose(seen: Seen, share: float, rng: np.random.Generator) -> Tensor:
@@ -73,6 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=sorted(RECIPES), help="the model")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run (runs/NAME)")
     parser.add_argument("--steps", type=int, default=None, help="steps of the last stage (the recipe's)")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="in place of --steps: as many as fit, by the first ones' time"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=BUDGET, help=f"tokens of a step of the last stage ({BUDGET}; a GPU takes 16,000)"
+    )
     parser.add_argument("--see-steps", type=int, default=None, help="steps of the first stage (the recipe's)")
     parser.add_argument("--scale", type=float, default=1.0, help="scenes, as a factor on the recipe's")
     parser.add_argument("--until", choices=("see", "encode", "answer"), default="answer", help="the last stage that is done")
@@ -80,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state of --out")
     parser.add_argument("--blind", action="store_true", help="hide the item: the baseline that a model must beat")
     parser.add_argument("--start", type=Path, default=None, help="folder of trained parts to go on from, of a run or shipped")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (a GPU where there is one)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="threads (all cores)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights")
     parser.add_argument("--cache-dir", type=Path, default=None, help="where the converted wheels are")
@@ -87,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     args.out = args.out or Path("runs") / (args.name + ("-blind" if args.blind else ""))
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` stops a run as Ctrl-C does: its state is saved
     train(args, RECIPES[args.name])
 
 
@@ -96,12 +110,16 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         for file in (f for stage in ("see", "hear", "answer") for f in args.out.glob(f"{stage}.*")):
             file.unlink()
         shutil.rmtree(args.out / "seen", ignore_errors=True)
-    dtype = pick_dtype(args.dtype)
+    device = torch.device(args.device)
+    on_gpu = device.type != "cpu"
+    dtype = torch.bfloat16 if on_gpu and args.dtype == "auto" else pick_dtype(args.dtype)
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
     model, processor = _build(args.name, args.cache_dir)
-    model.requires_grad_(False)
+    model.requires_grad_(False).to(device)
     out = args.out
     sources = {s.name: max(round(s.scenes * args.scale), 2) for s in recipe.sources}
-    report: dict[str, Any] = {"sources": sources, "reading": READING}
+    report: dict[str, Any] = {"sources": sources, "reading": READING.format(tokens=args.tokens)}
     main_sense: Any = sense_of(args.name, model, processor)
     start = None if args.blind else args.start or (Path("runs") / recipe.start if recipe.start else None)
     if not args.blind and (recipe.see or start):
@@ -120,6 +138,8 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
         task, n = create_task(source.task), sources[source.name]
         if args.blind:
             scenes.append([hidden(s) for s in task.scenes("train", n, args.seed)])
+        elif on_gpu:  # faster than a file
+            scenes.append(encode(sense, task, "train", n, args.seed))
         else:
             scenes.append(store(sense, task, "train", n, args.seed, out / "seen" / source.name))
     if args.until == "encode":
@@ -162,7 +182,7 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
 def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int) -> None:
     """Projector, newline and LoRA of trained parts, in place; the features' scale is taken out of the projector again."""
     sense.eye.mean, sense.eye.std = scale_of(sense.eye, seed)
-    tensors = {n: v.float() for n, v in load_file(parts / "projector.safetensors").items()}
+    tensors = {n: v.to(sense.device).float() for n, v in load_file(parts / "projector.safetensors").items()}
     weight, bias = (f"{sense.eye.projector_prefix}{sense.eye.ends[0]}.{n}" for n in ("weight", "bias"))
     tensors[bias] = tensors[bias] + tensors[weight] @ sense.eye.mean
     tensors[weight] = tensors[weight] * sense.eye.std
@@ -193,44 +213,64 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     reader = Reader(senses[0])
     log, saved = (args.out / "log.jsonl").open("a"), time.time()
     stats: dict[str, list] = {}
-    for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="answer", mininterval=10)):
-        for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * rate(step, steps)
+
+    def made(step: int, steps: int) -> tuple[Packed, list[str]]:
         rng = np.random.default_rng([args.seed, step])
-        items, topics = _drawn(recipe, scenes, step / steps, rng, args.blind)
-        losses, right = reader.read(items)
-        losses.mean().backward()
-        for topic, ok in zip(topics, right, strict=True):
-            stats.setdefault(topic, []).append(ok)
-        stats.setdefault("loss", []).append(losses.mean().item())
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            line = {k: round(float(np.mean(v)), 3) for k, v in sorted(stats.items())}
-            bar.set_postfix_str(f"loss={line['loss']}")
-            log.write(json.dumps({"stage": "answer", "step": step + 1, **line}) + "\n")
-            log.flush()
-            report["answer"], stats = {"steps": steps, "cpu_minutes": state.cpu_minutes, **line}, {}
-        if time.time() - saved > 180 or step + 1 == steps:
-            state.save(step + 1)
-            saved = time.time()
+        items, topics = _drawn(recipe, scenes, step / steps, rng, args.blind, args.tokens)
+        return reader.packed(items), topics
+
+    bar, step = tqdm(initial=done, total=steps, desc="answer", mininterval=10), done
+    with ThreadPoolExecutor(1) as pool:
+        coming, began = pool.submit(made, step, steps), time.time()
+        try:
+            while step < steps:
+                if step == done + PACE:
+                    began = time.time()
+                elif step == done + 2 * PACE and args.minutes is not None:
+                    steps = max(done + int(PACE + args.minutes * 60 * PACE / (time.time() - began)), step + 1)
+                    bar.total = steps
+                packed, topics = coming.result()
+                coming = pool.submit(made, step + 1, steps)
+                for g in optimizer.param_groups:
+                    g["lr"] = g["peak"] * rate(step, steps)
+                losses, right = reader.read(packed)
+                losses.mean().backward()
+                for topic, ok in zip(topics, right, strict=True):
+                    stats.setdefault(topic, []).append(ok)
+                stats.setdefault("loss", []).append(losses.mean().item())
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                bar.update()
+                if step % 50 == 0 or step == steps:
+                    line = {k: round(float(np.mean(v)), 3) for k, v in sorted(stats.items())}
+                    bar.set_postfix_str(f"loss={line['loss']}")
+                    log.write(json.dumps({"stage": "answer", "step": step, **line}) + "\n")
+                    log.flush()
+                    report["answer"], stats = {"steps": steps, "cpu_minutes": state.cpu_minutes, **line}, {}
+                if time.time() - saved > 180:
+                    state.save(step)
+                    saved = time.time()
+        finally:
+            state.save(step)
+            bar.close()
 
 
-def _drawn(recipe: Recipe, scenes: list[list[Seen]], progress: float, rng: np.random.Generator, blind: bool):
-    """The items of a step with their questions and tokens, and the topic of every question."""
+def _drawn(recipe: Recipe, scenes: list[list[Seen]], progress: float, rng: np.random.Generator, blind: bool, tokens: int):
+    """The items of a step of some `tokens` tokens, with their questions and what they show, and the topic of every question."""
     items: list[tuple[Seen, list[Any], Tensor | None]] = []
     topics: list[str] = []
     size, all_of_it = 0, whole(rng, progress)
     weights = np.array([s.weight if progress >= 0.5 or s.early is None else s.early for s in recipe.sources])
     weights /= weights.sum()
-    while size < BUDGET:
+    while size < tokens:
         k = int(rng.choice(len(weights), p=weights))
         seen = scenes[k][int(rng.integers(len(scenes[k])))]
         keep = None if blind else choose(seen, 1.0 if all_of_it else share_of(rng, progress), rng)
         asked = [seen.questions[i] for i in rng.permutation(len(seen.questions))[:6]]
         cost = 5 + QUESTION * len(asked) + (0 if keep is None else len(keep))
-        if items and size + cost > BUDGET * 1.1:
+        if items and size + cost > tokens * 1.1:
             break
         items.append((seen, asked, keep))
         topics += [f"{recipe.sources[k].task} {question.topic}" for question in asked]
@@ -252,6 +292,7 @@ def _export(args: argparse.Namespace, sense: Sense, layers: Any, report: dict) -
         "scale": args.scale,
         **report,
         "threads": torch.get_num_threads(),
+        "device": str(sense.device) if sense.device.type == "cpu" else torch.cuda.get_device_name(sense.device),
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -43,13 +43,16 @@ def test_values(dtype):
     for function in (
         lambda x: ops.nearest(x[:200], x[200:]),
         lambda x: ops.nearest(x[:200], x[200:], "sqeuclidean"),
-        lambda x: ops.neighbors(x, 5),
         lambda x: ops.bipartite_match(x, 99),
         lambda x: ops.merge(x, torch.arange(500, device=x.device) % 77 - 1, 76),
         lambda x: ops.top_keep(x[:, 0].contiguous(), 60, x, torch.arange(500, device=x.device)),
     ):
         for got, want in zip(*both(function, x), strict=True):
             torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-2 if dtype != torch.float32 else 1e-4)
+    (cosine, index), (want, _) = both(lambda x: ops.neighbors(x, 5), x)
+    torch.testing.assert_close(cosine.cpu(), want, atol=1e-4, rtol=1e-4)
+    exact = 1 - torch.from_numpy(oracle.cosine_distance(x)).gather(1, index.cpu())  # of near ties either may come first
+    torch.testing.assert_close(exact.float(), want, atol=1e-4, rtol=1e-4)
     got, want = both(lambda x: ops.density_peaks(x, 30), x)
     torch.testing.assert_close(got.log_density.cpu(), want.log_density, atol=1e-4, rtol=1e-4)
     got = ops.kmeans(x.cuda(), 20, init=x[:20].cuda(), num_iterations=2)

@@ -16,10 +16,10 @@ from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
 from mmcompress.zoo.measure import kept, measure, summary
-from mmcompress.zoo.reader import Reader
+from mmcompress.zoo.reader import Reader, arranged
 from mmcompress.zoo.recipes import Recipe, Source, sense_of
 from mmcompress.zoo.see import lesson
-from mmcompress.zoo.sense import hidden, store
+from mmcompress.zoo.sense import encode, hidden, store
 from mmcompress.zoo.train import BUDGET, PREFIX, _drawn, _reads, _take_over, choose, main
 from mmcompress.zoo.views import TABLES, spelled, view
 
@@ -231,7 +231,7 @@ def test_some_steps_show_their_items_whole_and_the_mixture_changes():
     recipe = Recipe((Source("detail", 1, 0.1, early=0.9), Source("relations", 1, 0.9, early=0.1)))
 
     def steps(progress):
-        drawn = [_drawn(recipe, [[seen], [seen]], progress, np.random.default_rng(i), blind=False) for i in range(80)]
+        drawn = [_drawn(recipe, [[seen], [seen]], progress, np.random.default_rng(i), False, BUDGET) for i in range(80)]
         whole = [{len(keep) == 200 for _, _, keep in items} for items, _ in drawn]
         assert all(len(w) == 1 for w in whole)  # all items of a step, or none
         assert all(sum(len(k) + 24 * len(q) + 5 for _, q, k in items) <= 1.1 * BUDGET for items, _ in drawn)
@@ -269,6 +269,37 @@ def test_training_runs_resumes_and_measures(tmp_path, capsys):
     assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
 
 
+def test_a_stopped_training_is_saved_and_a_limit_in_minutes_becomes_a_number_of_steps(tmp_path, monkeypatch):
+    try:
+        create_task("spoken_digits").length("test")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("mmcompress.zoo.train.PACE", 1)
+    arguments = ["audio", "--scale", "0.007", "--threads", "1", "--dtype", "float32", "--out", str(tmp_path), "--tokens", "300"]
+    read, calls = Reader.read, []
+
+    def third_time_stopped(self, packed):
+        calls.append(len(packed.owner))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(self, packed)
+
+    monkeypatch.setattr(Reader, "read", third_time_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--steps", "9"])
+    assert json.loads((tmp_path / "answer.json").read_text())["step"] == 2
+    main([*arguments, "--minutes", "0", "--resume"])
+    assert json.loads((tmp_path / "run.json").read_text())["answer"]["steps"] == 5  # two of old, two to take the time, one more
+    assert max(calls) < 1024  # --tokens
+
+
+def test_items_are_arranged_where_their_rows_cost_least():
+    assert arranged([170] * 6) == ([0, 170, 340, 512, 682, 852], (2, 512))
+    assert arranged([250, 250]) == ([0, 256], (2, 256))
+    starts, (rows, width) = arranged([1400, 30, 700])
+    assert (rows, width) == (2, 1408) and starts == [0, 1408, 1438]
+
+
 def test_encoded_scenes_are_kept(tmp_path):
     model, processor = _build("image-single")
     sense, task = sense_of("image-single", model, processor), create_task("relations")
@@ -277,6 +308,16 @@ def test_encoded_scenes_are_kept(tmp_path):
     again = store(sense, task, "train", 2, 0, tmp_path)
     assert all(torch.equal(a.features, b.features) and torch.equal(a.shows, b.shows) for a, b in zip(first, again, strict=True))
     assert [q.prompt for s in first for q in s.questions] == [q.prompt for s in again for q in s.questions]
+
+
+@pytest.mark.parametrize(("name", "task"), [("image", "easy_vqa"), ("mrope", "relations"), ("audio", "sound_order")])
+def test_scenes_encoded_together_are_those_encoded_one_by_one(name, task, tmp_path):
+    model, processor = _build(name)
+    sense, of = sense_of(name, model, processor), create_task(task)
+    for a, b in zip(encode(sense, of, "train", 3, 0), store(sense, of, "train", 3, 0, tmp_path), strict=True):
+        assert a.length == b.length and a.questions == b.questions and a.marks == b.marks
+        assert torch.equal(a.order, b.order) and torch.equal(a.position, b.position) and torch.equal(a.shows, b.shows)
+        torch.testing.assert_close(a.features, b.features, rtol=1e-2, atol=1e-2)
 
 
 def test_lora_merges_to_the_same_output():
