@@ -43,7 +43,7 @@ class Recipe:
 RECIPES = {
     "image": Recipe(
         see=1135,
-        answer=1080,
+        answer=2200,
         sources=(
             Source("detail", 200, 0.2, early=0.15),
             Source("relations", 300, 0.25, early=0.15),
@@ -67,7 +67,7 @@ RECIPES = {
     "mrope": Recipe(
         see=560,
         lora="image",
-        answer=150,
+        answer=1340,
         sources=(Source("relations", 2000, 0.85), Source("easy_vqa", 300, 0.15)),
     ),
 }
