@@ -49,8 +49,8 @@ ABOUT = {
         (SMOLLM2, DINOV2),
         "tower (LoRA, rank 16), projector, newline, language model (LoRA, rank 8)",
         PHOTOS,
-        "It reads words, digits and forms and knows where things stand; it counts right about half of the time and hardly compares "
-        "colours. It was trained in several calls (see the recipe): a run from nothing in one go was not measured.",
+        "It reads words, digits and forms and knows where things stand; it counts right about half of the time and hardly "
+        "compares colours. It was trained in several calls (see the recipe): a run from nothing in one go was not measured.",
     ),
     "image-single": About(
         "the image model as a LLaVA with one view",
