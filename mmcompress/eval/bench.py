@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,9 +97,17 @@ def _settings(method: str | dict[str, Any], ratios: Sequence[float], seeds: Sequ
     return out
 
 
-def load_preset(name: str) -> tuple[list[Sweep], Path, str]:
-    """The sweeps of `benchmarks/configs/NAME.json`, the path stem of its results, `benchmarks/results/NAME`, and its dtype; of
-    another .json file with that path `runs/bench/NAME`."""
+class Preset(NamedTuple):
+    """A file of sweeps. stem: path of the results without their endings; dtype: of the models."""
+
+    sweeps: list[Sweep]
+    stem: Path
+    dtype: str
+
+
+def load_preset(name: str) -> Preset:
+    """`benchmarks/configs/NAME.json`, whose results stand in `benchmarks/results`, or another .json file, with `runs/bench`.
+    Raises ValueError for an unknown name, and for a file that holds no sweeps."""
     path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not path.is_file():
         known = sorted(p.stem for p in CONFIGS.glob("*.json"))
@@ -110,7 +118,7 @@ def load_preset(name: str) -> tuple[list[Sweep], Path, str]:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold 'sweeps', a list of {list(Sweep.__dataclass_fields__)}: {error}") from error
     stem = (Path("runs/bench") if name.endswith(".json") else CONFIGS.parent / "results") / path.stem
-    return sweeps, stem, config.get("dtype", "float32")
+    return Preset(sweeps, stem, config.get("dtype", "float32"))
 
 
 # running it

@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace, recipe: Recipe) -> None:
+    began = time.time()
     torch.manual_seed(args.seed)
     if not args.resume:
         for file in (f for stage in ("see", "hear", "answer") for f in args.out.glob(f"{stage}.*")):
@@ -156,6 +157,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
             heard.write_text(json.dumps(hear.teach(main_sense, scenes, recipe.hear, args.seed)))
         report["hear"] = json.loads(heard.read_text()) if heard.is_file() else {}
     _answer(args, recipe, senses, scenes, layers, steps, report)
+    report |= {"resumed": args.resume, "minutes": round((time.time() - began) / 60, 1)}
     _export(args, main_sense, layers, report)
 
 

@@ -9,13 +9,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mmcompress.ask import Question, prepare
-from mmcompress.eval.tasks import Box, Mark, create_task
-from mmcompress.zoo import _build
+from mmcompress.eval.tasks import Box, Mark, Scene, Task, create_task
+from mmcompress.eval.tasks.base import Question as TaskQuestion
+from mmcompress.zoo import _build, verify
 from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
-from mmcompress.zoo.measure import kept, measure, summary
+from mmcompress.zoo.measure import guess, kept, measure, summary
 from mmcompress.zoo.reader import Reader, arranged
 from mmcompress.zoo.recipes import Recipe, Source, sense_of
 from mmcompress.zoo.see import lesson
@@ -263,7 +264,7 @@ def test_training_runs_resumes_and_measures(tmp_path, capsys):
     main([*arguments, "--steps", "2", "--resume"])
     assert json.loads(first)["step"] == 1 and json.loads((tmp_path / "answer.json").read_text())["step"] == 2
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["name"] == "audio" and not record["blind"]
+    assert record["name"] == "audio" and not record["blind"] and record["resumed"] and record["minutes"] > 0
     model, processor = _build("audio", None, tmp_path)
     got = measure("audio", model, processor, "sound_order", 3, blind=True)
     assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
@@ -340,6 +341,36 @@ def test_a_summary_counts_questions_and_items():
     got = summary([[True, False], [True, True]], 0, {"b": [True], "a": [False, True, True]})
     assert (got["accuracy"], got["n"], got["items"], got["by_topic"]) == (0.75, 4, 2, {"a": 0.6667, "b": 1.0})
     assert got["interval"] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "meets"),
+    [(50, 50, True), (47, 50, True), (44, 50, False), (395, 400, True), (400, 400, False), (389, 400, False)],
+)
+def test_verify_takes_what_the_card_makes_likely(monkeypatch, capsys, right, n, meets):
+    card = {"sha256": {}, "measure_seed": 0, "measured": {"sounds": {"accuracy": 0.99, "interval": [0.975, 0.9975], "n": 400}}}
+    monkeypatch.setattr(verify, "card_of", lambda name: card)
+    monkeypatch.setattr(verify, "load", lambda name, cache_dir: (None, None))
+    monkeypatch.setattr(verify, "measure", lambda *_, **__: {"accuracy": right / n, "n": n, "interval": [right / n] * 2})
+    problems = verify.verify("audio", n, None)
+    assert bool(problems) != meets and f"{right / n:.3f}" in capsys.readouterr().out
+    if problems:
+        assert "card 0.990 [0.975, 0.998]" in problems[0]
+
+
+def test_a_guess_knows_the_most_frequent_answer_of_a_wording_and_of_a_topic():
+    class Coins(Task):
+        def scene(self, split, seed, index):
+            wording = "heads?" if split == "train" or index % 2 else "never heard?"
+            said = "yes" if (index % 4 if split == "train" else index % 3) else "no"  # training: three in four
+            return Scene(None, [TaskQuestion(wording, said, "coin"), TaskQuestion(split, split, split)])
+
+    got = guess(Coins(), 12, 0, learned=16)
+    assert (got["n"], got["items"]) == (12, 6)
+    assert got["by_topic"] == {
+        "coin": round(4 / 6, 4),
+        "test": 0.0,
+    }  # 0 and 3 say no; nobody taught "test"
 
 
 def test_a_tenth_of_the_tokens_keeps_newlines_and_the_evidence_first():
