@@ -157,16 +157,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.name} needs RUN and BLIND_RUN")
     if args.again:
         trained = json.loads((args.run / "run.json").read_text())
-        noted = card_of(args.name) | {"again": {"trained": trained, **_measured(args, args.run, blind=False)}}
+        noted = card_of(args.name)
+        asked = {task: got["n"] for task, got in noted["measured"].items()}  # the card's own questions
+        noted["again"] = {"trained": trained, **_measured(args, args.run, False, asked)}
         card_file(args.name).write_text(json.dumps(noted, indent=1) + "\n")
         return
     folder = parts_dir(args.name)
     folder.mkdir(parents=True, exist_ok=True)
-    card: dict[str, Any] = _measured(args, args.run, blind=False)
+    asked = dict.fromkeys(TASKS[args.name], args.n)
+    card: dict[str, Any] = _measured(args, args.run, False, asked)
     if needs:
         card["trained"] = json.loads((args.run / "run.json").read_text())
         card["trained_blind"] = json.loads((args.blind_run / "run.json").read_text())
-        card["blind"] = _measured(args, args.blind_run, blind=True)["measured"]
+        card["blind"] = _measured(args, args.blind_run, True, asked)["measured"]
         for file in FILES:
             if args.name == folder.name and (args.run / file).is_file():
                 shutil.copyfile(args.run / file, folder / file)
@@ -195,21 +198,22 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _measured(args: argparse.Namespace, run: Path | None, blind: bool) -> dict[str, dict[str, dict]]:
-    """Of all tasks: "measured", and with a tenth of the tokens "random" and "evidence"; kept in the run's folder, done once."""
+def _measured(args: argparse.Namespace, run: Path | None, blind: bool, asked: dict[str, int]) -> dict[str, dict[str, dict]]:
+    """Of each task, so many questions `asked`: "measured", and with a tenth of the tokens "random" and "evidence"; kept in the
+    run's folder, done once."""
     file = None if run is None else run / f"measured-{args.name}.json"
     found: dict[str, dict[str, dict]] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     shipped = parts_dir(args.name)
     model, processor = _build(args.name, None, run or (shipped if any(shipped.glob("*.safetensors")) else None))
     model.to(getattr(torch, args.dtype))
-    for task in TASKS[args.name]:
+    for task, n in asked.items():
         if task in found.get("measured", {}):
             continue
         if blind or args.name == "asr":
-            got = {"measured": measure(args.name, model, processor, task, args.n, args.seed, blind)}
+            got = {"measured": measure(args.name, model, processor, task, n, args.seed, blind)}
         else:
             reader = Reader(sense_of(args.name, model, processor))
-            items = look(reader, create_task(task), args.n, args.seed)
+            items = look(reader, create_task(task), n, args.seed)
             got = {"measured": answer(reader, items, args.seed)}
             for how in ("random", "evidence"):
                 got[how] = answer(reader, items, args.seed, TENTH, how == "evidence")
