@@ -27,7 +27,8 @@ class Source:
 @dataclass(frozen=True)
 class Recipe:
     """see: steps of the first stage (0: the encoder stays as it is); hear: the same for sound, of the projector alone.
-    start: the model from whose trained parts this one starts; lora: the same, of the language model's part alone.
+    start: the model from whose trained parts (of `runs/NAME`, else as shipped) this one starts; lora: the same, of the language
+    model's part alone.
     answer: steps of the last stage, some 1,000 tokens each.
     rates: peak learning rates of projector and LoRA."""
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mmcompress.eval.loop import pick_dtype
 from mmcompress.eval.tasks import create_task
-from mmcompress.zoo import _build, hear
+from mmcompress.zoo import _build, hear, parts_dir
 from mmcompress.zoo.lora import LoRALinear, add_lora_, lora_state, merge_lora
 from mmcompress.zoo.reader import Packed, Reader
 from mmcompress.zoo.recipes import RECIPES, Recipe, sense_of
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     sources = {s.name: max(round(s.scenes * args.scale), 2) for s in recipe.sources}
     report: dict[str, Any] = {"sources": sources, "reading": READING.format(tokens=args.tokens)}
     main_sense: Any = sense_of(args.name, model, processor)
-    start = None if args.blind else args.start or (Path("runs") / recipe.start if recipe.start else None)
+    start = None if args.blind else args.start or (parts_of(recipe.start) if recipe.start else None)
     if not args.blind and (recipe.see or start):
         report["see"] = _tower(args, recipe, main_sense, dtype, start)
     if args.until == "see":
@@ -150,7 +150,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     if start:
         _take_over(start, main_sense, layers, args.seed)
     elif recipe.lora and not args.blind:
-        _reads(layers, Path("runs") / recipe.lora)
+        _reads(layers, parts_of(recipe.lora))
     elif recipe.hear and not args.blind:
         heard = out / "hear.json"
         if not (out / "answer.json").is_file():  # a state of the last stage holds the projector too
@@ -159,6 +159,12 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     _answer(args, recipe, senses, scenes, layers, steps, report)
     report |= {"resumed": args.resume, "minutes": round((time.time() - began) / 60, 1)}
     _export(args, main_sense, layers, report)
+
+
+def parts_of(name: str) -> Path:
+    """Where a model finds the trained parts of the one that it starts from: of a run of one's own, or those that ship."""
+    run = Path("runs") / name
+    return run if (run / "run.json").is_file() else parts_dir(name)
 
 
 def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dtype, start: Path | None) -> dict[str, float]:
@@ -209,6 +215,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
         p.requires_grad_(True)
     groups = [{"params": visual, "peak": recipe.rates[0]}, {"params": lora, "peak": recipe.rates[1]}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer.zero_grad()  # what is left of the first stage
     state = State(args.out / "answer", trained, optimizer)
     done = state.load()
     report["answer"] = {"steps": done, "cpu_minutes": state.cpu_minutes}

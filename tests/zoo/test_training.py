@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from mmcompress.ask import Question, prepare
 from mmcompress.eval.tasks import Box, Mark, Scene, Task, create_task
 from mmcompress.eval.tasks.base import Question as TaskQuestion
-from mmcompress.zoo import _build, verify
+from mmcompress.zoo import _build, parts_dir, verify
 from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
@@ -21,7 +21,7 @@ from mmcompress.zoo.reader import Reader, arranged
 from mmcompress.zoo.recipes import Recipe, Source, sense_of
 from mmcompress.zoo.see import lesson
 from mmcompress.zoo.sense import encode, hidden, store
-from mmcompress.zoo.train import BUDGET, PREFIX, _drawn, _reads, _take_over, choose, main
+from mmcompress.zoo.train import BUDGET, PREFIX, _drawn, _reads, _take_over, choose, main, parts_of
 from mmcompress.zoo.views import TABLES, spelled, view
 
 ITEM = {"image": "images", "video": "videos", "audio": "audio"}
@@ -252,6 +252,15 @@ def test_a_language_model_starts_from_another_s(tmp_path):
     assert torch.equal(mine["layer"].a, theirs["layer"].a) and torch.equal(mine["layer"].b, theirs["layer"].b)
 
 
+def test_a_model_starts_from_a_run_of_one_s_own_or_from_what_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parts_of("image") == parts_dir("image") and (parts_of("image") / "tower.safetensors").is_file()
+    (tmp_path / "runs" / "image").mkdir(parents=True)
+    assert parts_of("image") == parts_dir("image")  # a run that is not finished
+    (tmp_path / "runs" / "image" / "run.json").write_text("{}")
+    assert parts_of("image").resolve() == tmp_path / "runs" / "image"
+
+
 def test_training_runs_resumes_and_measures(tmp_path, capsys):
     """A few steps in two calls, on the cheapest model; the parts load and answer, blind and not."""
     arguments = ["audio", "--scale", "0.007", "--threads", "1", "--dtype", "float32", "--out", str(tmp_path)]
@@ -268,6 +277,15 @@ def test_training_runs_resumes_and_measures(tmp_path, capsys):
     model, processor = _build("audio", None, tmp_path)
     got = measure("audio", model, processor, "sound_order", 3, blind=True)
     assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
+
+
+@pytest.mark.parametrize("name", ["image", "mrope"])
+def test_a_whole_recipe_runs_from_nothing_in_half_precision(name, tmp_path):
+    """All stages in one process, each a step: what the first leaves behind (its gradients) does not stop the last."""
+    main([name, "--scale", "0.002", "--see-steps", "1", "--steps", "1", "--dtype", "bfloat16", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["see"]["steps"] == record["answer"]["steps"] == 1 and not record["resumed"]
+    _build(name, None, tmp_path)
 
 
 def test_a_stopped_training_is_saved_and_a_limit_in_minutes_becomes_a_number_of_steps(tmp_path, monkeypatch):
