@@ -159,17 +159,17 @@ def main(argv: list[str] | None = None) -> None:
         trained = json.loads((args.run / "run.json").read_text())
         noted = card_of(args.name)
         asked = {task: got["n"] for task, got in noted["measured"].items()}  # the card's own questions
-        noted["again"] = {"trained": trained, **_measured(args, args.run, False, asked)}
+        noted["again"] = {"trained": trained, **_measured(args, args.run, asked)}
         card_file(args.name).write_text(json.dumps(noted, indent=1) + "\n")
         return
     folder = parts_dir(args.name)
     folder.mkdir(parents=True, exist_ok=True)
     asked = dict.fromkeys(TASKS[args.name], args.n)
-    card: dict[str, Any] = _measured(args, args.run, False, asked)
+    card: dict[str, Any] = _measured(args, args.run, asked, tenths=args.name != "asr")
     if needs:
         card["trained"] = json.loads((args.run / "run.json").read_text())
         card["trained_blind"] = json.loads((args.blind_run / "run.json").read_text())
-        card["blind"] = _measured(args, args.blind_run, True, asked)["measured"]
+        card["blind"] = _measured(args, args.blind_run, asked, blind=True)["measured"]
         for file in FILES:
             if args.name == folder.name and (args.run / file).is_file():
                 shutil.copyfile(args.run / file, folder / file)
@@ -198,9 +198,11 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def _measured(args: argparse.Namespace, run: Path | None, blind: bool, asked: dict[str, int]) -> dict[str, dict[str, dict]]:
-    """Of each task, so many questions `asked`: "measured", and with a tenth of the tokens "random" and "evidence"; kept in the
-    run's folder, done once."""
+def _measured(
+    args: argparse.Namespace, run: Path | None, asked: dict[str, int], blind: bool = False, tenths: bool = False
+) -> dict[str, dict[str, dict]]:
+    """Of each task, so many questions `asked`: "measured" and, with `tenths`, "random" and "evidence" with a tenth of the
+    tokens; kept in the run's folder, done once."""
     file = None if run is None else run / f"measured-{args.name}.json"
     found: dict[str, dict[str, dict]] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
     shipped = parts_dir(args.name)
@@ -209,7 +211,7 @@ def _measured(args: argparse.Namespace, run: Path | None, blind: bool, asked: di
     for task, n in asked.items():
         if task in found.get("measured", {}):
             continue
-        if blind or args.name == "asr":
+        if not tenths:
             got = {"measured": measure(args.name, model, processor, task, n, args.seed, blind)}
         else:
             reader = Reader(sense_of(args.name, model, processor))

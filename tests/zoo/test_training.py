@@ -12,6 +12,7 @@ from mmcompress.ask import Question, prepare
 from mmcompress.eval.tasks import Box, Mark, Scene, Task, create_task
 from mmcompress.eval.tasks.base import Question as TaskQuestion
 from mmcompress.zoo import _build, parts_dir, verify
+from mmcompress.zoo import measure as measuring
 from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
@@ -261,8 +262,8 @@ def test_a_model_starts_from_a_run_of_one_s_own_or_from_what_ships(tmp_path, mon
     assert parts_of("image").resolve() == tmp_path / "runs" / "image"
 
 
-def test_training_runs_resumes_and_measures(tmp_path, capsys):
-    """A few steps in two calls, on the cheapest model; the parts load and answer, blind and not."""
+def test_training_runs_resumes_and_measures(tmp_path, monkeypatch):
+    """A few steps in two calls, on the cheapest model; the parts load and answer, blind and not; a card notes the run."""
     arguments = ["audio", "--scale", "0.007", "--threads", "1", "--dtype", "float32", "--out", str(tmp_path)]
     try:
         create_task("spoken_digits").length("test")
@@ -277,6 +278,13 @@ def test_training_runs_resumes_and_measures(tmp_path, capsys):
     model, processor = _build("audio", None, tmp_path)
     got = measure("audio", model, processor, "sound_order", 3, blind=True)
     assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
+    card = {"measured": {"sound_order": {"accuracy": 0.9, "n": 5}}, "sha256": {"of": "the shipped parts"}}
+    monkeypatch.setattr(measuring, "card_of", lambda name: card)
+    monkeypatch.setattr(measuring, "card_file", lambda name: tmp_path / "card.json")
+    measuring.main(["audio", str(tmp_path), "--again", "--threads", "1"])
+    noted = json.loads((tmp_path / "card.json").read_text())
+    again = noted["again"]["measured"]["sound_order"]
+    assert noted["sha256"] == card["sha256"] and 5 <= again["n"] < 12 and noted["again"]["trained"]["name"] == "audio"
 
 
 @pytest.mark.parametrize("name", ["image", "mrope"])
