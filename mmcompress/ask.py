@@ -58,7 +58,7 @@ def load_model(name: str) -> tuple[Any, Any]:
         from mmcompress import zoo
 
         return zoo.load(name.removeprefix(ZOO))
-    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor
 
     from mmcompress.models import ADAPTERS
 
@@ -73,7 +73,8 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise ValueError(f"model must be of a supported family ({', '.join(ADAPTERS)}), got {name!r} of {config.model_type!r}")
     try:
         processor = AutoProcessor.from_pretrained(name)
-        return AutoModelForMultimodalLM.from_pretrained(name, dtype="auto").eval(), processor
+        kind = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForMultimodalLM
+        return kind.from_pretrained(name, dtype="auto").eval(), processor
     except OSError as error:
         raise ValueError(f"model must hold a processor and weights that transformers can load, got {name!r}") from error
 

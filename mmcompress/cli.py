@@ -229,7 +229,8 @@ def _run(args: argparse.Namespace) -> None:
         pass
     if args.compare:
         progress("warming up")
-        ask(model, processor, inputs, create("none"), 1)
+        for first in (create("none"), compressor):
+            ask(model, processor, inputs, first, 1)
         progress("answering uncompressed")
         answers["uncompressed"] = ask(model, processor, inputs, create("none"), args.max_new_tokens)
     progress(f"answering with {name}")

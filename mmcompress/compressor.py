@@ -244,7 +244,7 @@ def from_config(config: dict[str, Any]) -> Compressor:
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict with 'method' or 'chain', got {config!r}")
     if "chain" in config:
-        return Chain(parts=tuple(from_config(c) for c in config["chain"]))
+        return Chain(parts=tuple(stage for c in config["chain"] for stage in from_config(c).stages))  # a preset is a chain too
     if "method" not in config:
         raise ValueError(f"config must hold 'method' or 'chain', got keys {sorted(config)}")
     rest = dict(config)

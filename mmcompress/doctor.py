@@ -65,7 +65,7 @@ def advice(report: dict[str, Any]) -> list[str]:
         )
     if not report["gpus"]:
         why = "this PyTorch was built without CUDA" if report["cuda_build"] is None else "PyTorch finds no CUDA device"
-        out.append(f"{why}: models run on the CPU, where prefill takes most of the time; a GPU would shorten it")
+        out.append(f"{why}: models run on the CPU, where prefill takes most of the time")
     threads, cores = report["cpu"]["threads"], report["cpu"]["cores"]
     if threads < cores:
         out.append(f"PyTorch uses {threads} of {cores} cores: set OMP_NUM_THREADS={cores} or torch.set_num_threads({cores})")

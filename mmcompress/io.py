@@ -33,6 +33,7 @@ def save_pretrained(compressor: Compressor, folder: str | Path) -> None:
 def from_pretrained(folder: str | Path) -> Compressor:
     """The compressor that `save_pretrained` wrote into a folder, or "zoo:NAME" for one that ships trained ("zoo:vq_hash", for
     the zoo's video model). Raises ValueError where the files are missing, broken or do not fit each other."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = folder_of(folder)
@@ -45,11 +46,17 @@ def from_pretrained(folder: str | Path) -> Compressor:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     compressor = from_config(config)
     weights = folder / WEIGHTS
-    state = load_file(weights) if weights.exists() else {}
+    try:
+        state = load_file(weights) if weights.exists() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
     expected = set(compressor.state_dict())
     if set(state) != expected:
         raise ValueError(f"{WEIGHTS} must hold the parameters {sorted(expected)}, got {sorted(state)}")
-    compressor.load_state_dict(state)
+    try:
+        compressor.load_state_dict(state)
+    except RuntimeError as error:  # a shape
+        raise ValueError(f"{weights} does not fit {path}: {error}") from error
     return compressor
 
 
@@ -83,11 +90,17 @@ def named(name: str, **fields: Any) -> Compressor:
 def apply_from_config(model: Any) -> Any:
     """Install the compressor that the model's config remembers from an earlier `compress_`; returns the model.
 
-    Raises ValueError where the config holds none.
+    Raises ValueError where the config holds none, or one with trained parameters: a config does not carry those.
     """
     from mmcompress.patch import compress_
 
     config = getattr(getattr(model, "config", None), "mmcompress", None)
     if config is None:
         raise ValueError(f"model.config.mmcompress must hold a configuration, {type(model).__name__} has none; use compress_")
-    return compress_(model, from_config(config))
+    compressor = from_config(config)
+    if names := sorted(compressor.state_dict()):
+        raise ValueError(
+            f"model.config.mmcompress must describe a compressor without parameters, got {type(compressor).__name__} with "
+            f"{len(names)} ({names[0]}, …): keep it with save_pretrained, install it with compress_(model, from_pretrained(FOLDER))"
+        )
+    return compress_(model, compressor)

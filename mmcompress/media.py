@@ -11,17 +11,34 @@ if TYPE_CHECKING:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The picture in RGB, turned upright as its EXIF orientation says."""
+    """The picture in RGB, turned upright as its EXIF orientation says; what is transparent shows white, 16 bits become 8.
+
+    Raises FileNotFoundError or, for what is no picture of 8 or 16 bits a channel, ValueError.
+    """
     from PIL import Image, ImageOps
 
     _existing(path, "image")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image has too many pixels to be safe, got {str(path)!r}") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNG files
         raise ValueError(f"image must be a picture that Pillow can read, got {str(path)!r}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+        raise ValueError(f"a channel must have 8 or 16 bits, got mode {image.mode}")
+    if image.mode.startswith("I"):  # Pillow would cut off what is above 255
+        import numpy as np
+
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype("uint8"))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def load_video(path: str | Path, num_frames: int = 8) -> tuple[np.ndarray, list[int], float]:
@@ -34,19 +51,22 @@ def load_video(path: str | Path, num_frames: int = 8) -> tuple[np.ndarray, list[
     import numpy as np
 
     capture = cv2.VideoCapture(str(path))
-    frames = []
-    while True:  # the frame count of a header is not to be trusted: count what can be decoded
-        ok, frame = capture.read()
-        if not ok:
-            break
-        frames.append(frame[..., ::-1])
+    total = 0
+    while capture.grab():  # the frame count of a header is not to be trusted: count what can be decoded
+        total += 1
     fps = capture.get(cv2.CAP_PROP_FPS) or 24.0
     capture.release()
-    if not frames:
+    if not total:
         raise ValueError(f"video must be a clip that OpenCV can read, got {str(path)!r}")
-    n = min(num_frames, len(frames))
-    numbers = [(2 * i + 1) * len(frames) // (2 * n) for i in range(n)]
-    return np.stack([frames[i] for i in numbers]), numbers, float(fps)
+    n = min(num_frames, total)
+    numbers = [(2 * i + 1) * total // (2 * n) for i in range(n)]
+    capture, frames = cv2.VideoCapture(str(path)), []
+    for i in range(numbers[-1] + 1):  # a clip in memory would take gigabytes a minute
+        capture.grab()
+        if i in numbers:
+            frames.append(capture.retrieve()[1][..., ::-1])
+    capture.release()
+    return np.stack(frames), numbers, float(fps)
 
 
 def load_audio(path: str | Path, sampling_rate: int) -> np.ndarray:

@@ -36,9 +36,8 @@ def restore_(model: Any) -> Any:
 class installed:
     """`with compressor(model) as run`: installed inside the block, gone after it, also after an exception.
 
-    run.ledger: counts of every prefill. run.items: traces of the last prefill's items (sample, kind, layout, position
-    [N, 3], group [N],
-    assignment [N], anchor [K]).
+    run.ledger: counts of every prefill. run.items: traces of the last prefill's items (sample, kind, layout, position [N, 3],
+    group [N], assignment [N], anchor [K]).
     """
 
     def __init__(self, model: Any, compressor: Compressor):

@@ -347,18 +347,6 @@ def test_a_missing_extra_names_the_command(capsys, monkeypatch):
     refused(capsys, *RUN, "--audio", PHOTO, says="pip install 'mmcompress[audio]'")
 
 
-def test_a_picture_is_turned_upright(tmp_path):
-    from mmcompress.media import load_image
-
-    picture = Image.new("RGB", (20, 10), "white")
-    picture.putpixel((0, 0), (0, 0, 0))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
-    picture.save(tmp_path / "turned.png", exif=exif)
-    upright = load_image(tmp_path / "turned.png")
-    assert upright.size == (10, 20) and upright.getpixel((9, 0)) == (0, 0, 0)
-
-
 @pytest.mark.parametrize("command", [[], *([c] for c in ("demo", "run", "inspect", "bench", "methods", "models", "doctor"))])
 def test_help_fits_a_screen_and_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:

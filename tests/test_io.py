@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmcompress as mmc
-from mmcompress.compressor import Chain
+from mmcompress.compressor import Chain, from_config
 from mmcompress.io import WEIGHTS
 from mmcompress.testing import tiny_inputs, tiny_model
 
@@ -69,6 +69,35 @@ def test_missing_weights(tmp_path, learned):
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"must hold the parameters \['weight'\], got \[\]"):
         mmc.from_pretrained(tmp_path)
+
+
+def test_broken_weights(tmp_path, learned):
+    mmc.save_pretrained(mmc.create("learned_keep"), tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        mmc.from_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    (tmp_path / "mmcompress.json").write_text(json.dumps({"method": "learned_keep", "width": 5}))
+    with pytest.raises(ValueError, match="does not fit"):
+        mmc.from_pretrained(tmp_path)
+
+
+def test_a_config_refuses_what_it_cannot_carry(learned):
+    model = tiny_model("llava")
+    mmc.restore_(mmc.compress_(model, mmc.create("learned_keep")))
+    model.config.mmcompress = mmc.create("learned_keep").config()
+    with pytest.raises(ValueError, match=r"without parameters, got LearnedKeep with 1 \(weight"):
+        mmc.apply_from_config(model)
+
+
+def test_a_preset_in_a_chain_keeps_its_places():
+    """It is a chain itself: its parts stand where they stood, not one inside the other."""
+    cascade = mmc.create("position_cascade").config()["chain"]
+    pooling = mmc.create("pooling", keep_ratio=0.5).config()
+    by_name = from_config({"chain": [{"method": "position_cascade"}, pooling]})
+    assert by_name.config() == from_config({"chain": [{"chain": cascade}, pooling]}).config() == {"chain": [*cascade, pooling]}
+    assert [s.layer for s in by_name.stages] == [*(c["layer"] for c in cascade), None]
 
 
 def test_the_models_config_remembers(tmp_path):
