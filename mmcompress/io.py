@@ -101,6 +101,6 @@ def apply_from_config(model: Any) -> Any:
     if names := sorted(compressor.state_dict()):
         raise ValueError(
             f"model.config.mmcompress must describe a compressor without parameters, got {type(compressor).__name__} with "
-            f"{len(names)} ({names[0]}, …): keep it with save_pretrained, install it with compress_(model, from_pretrained(FOLDER))"
+            f"{len(names)} ({names[0]}, …): keep it with save_pretrained, install it with compress_(model, from_pretrained(…))"
         )
     return compress_(model, compressor)

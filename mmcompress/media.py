@@ -30,12 +30,13 @@ def load_image(path: str | Path) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
-        raise ValueError(f"a channel must have 8 or 16 bits, got mode {image.mode}")
-    if image.mode.startswith("I"):  # Pillow would cut off what is above 255
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would cut off what is above 255
         import numpy as np
 
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype("uint8"))
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"a channel must have 8 or 16 bits, got mode {image.mode}")
+        image = Image.fromarray((values / 257 + 0.5).astype("uint8"))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

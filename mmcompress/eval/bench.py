@@ -7,6 +7,7 @@ Every sweep has its controls: the uncompressed model (`none`), and at each ratio
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -17,7 +18,18 @@ import numpy as np
 
 from mmcompress.cards import has_ratio
 from mmcompress.compressor import Compressor, check_ratio, from_config
-from mmcompress.eval.loop import RANDOM, UNCOMPRESSED, Difference, Result, bootstrap, described, mean_scores, paired
+from mmcompress.eval.loop import (
+    LEAST_ITEMS,
+    RANDOM,
+    UNCOMPRESSED,
+    Difference,
+    Result,
+    described,
+    interval,
+    mean_scores,
+    paired,
+    rounded,
+)
 from mmcompress.io import from_pretrained, is_trained
 from mmcompress.registry import create, did_you_mean, field_names, get_method
 
@@ -112,9 +124,14 @@ def load_preset(name: str) -> Preset:
     if not path.is_file():
         known = sorted(p.stem for p in CONFIGS.glob("*.json"))
         raise ValueError(f"preset must be a .json file or one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     try:
         sweeps = [Sweep(**sweep) for sweep in config["sweeps"]]
+        if not sweeps:
+            raise TypeError("got []")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold 'sweeps', a list of {list(Sweep.__dataclass_fields__)}: {error}") from error
     stem = (Path("runs/bench") if name.endswith(".json") else CONFIGS.parent / "results") / path.stem
@@ -186,7 +203,7 @@ class Row:
             seeds=len(results),
             n=first.n,
             accuracy=float(score.mean()),
-            interval=bootstrap(score, first.items),
+            interval=interval(score, first.items),
             tokens_in=total["tokens_in"] / n,
             tokens_kept=total["tokens_kept"] / n,
             separators=total["separators"] / n,
@@ -204,9 +221,9 @@ class Row:
                 gap = getattr(self, name)
                 value = None if gap is None else gap.to_json()
             elif isinstance(value, float):
-                value = round(value, 5) if value == value else None
+                value = rounded(value)
             elif isinstance(value, tuple):
-                value = [round(v, 5) for v in value]
+                value = [rounded(v) for v in value]
             out[name] = value
         return out
 
@@ -242,17 +259,21 @@ def bench(
     not_run: list[dict[str, Any]] = []
     times: list[dict[str, Any]] = []
     taken: set[tuple[int, str]] = set()
+    told: set[tuple[str, str, float | None]] = set()
+    measured: set[str] = set()
+    reused: dict[str, Result] = {}
     for name in names:
         model, processor = (load or loop.load)(name, dtype)
         where = loop.environment(model)
+        for sweep in sweeps:  # before anything is measured
+            for task_name in sweep.tasks if list(map(_model_name, sweep.models)) == [name] else []:
+                loop.check_task(model, tasks[task_name])
         for number, sweep in enumerate(sweeps):
             for task_name in sweep.tasks if name in map(_model_name, sweep.models) else []:
                 task = tasks[task_name]
                 try:
                     loop.check_task(model, task)
                 except ValueError as error:
-                    if len(sweep.models) == 1:
-                        raise
                     not_run.append({"model": name, "task": loop.task_name(task), "label": "every method", "why": str(error)})
                     continue
                 taken.add((number, task_name))
@@ -261,6 +282,8 @@ def bench(
                 blank = Result(name, loop.task_name(task), {}, sweep.seed, loop.fingerprint(samples), environment=where)
                 keys = [_key(blank, s.compressor) for s in settings]
                 missing = {k: s for k, s in zip(keys, settings, strict=True) if k not in done}
+                reused |= {k: done[k] for k in keys if k in done and done[k].error is None and k not in measured}
+                measured |= missing.keys()
                 if missing:
                     wanted = [s.compressor for s in missing.values()]
                     new = _in_pieces(model, processor, task, wanted, samples, blank, pieces, progress)
@@ -269,6 +292,9 @@ def bench(
                     done |= dict(zip(missing, new, strict=True))
                 for key, setting in zip(keys, settings, strict=True):
                     result = done[key]
+                    if (key, setting.label, setting.ratio) in told:
+                        continue  # another sweep asked for the same
+                    told.add((key, setting.label, setting.ratio))
                     if result.error is None:
                         found.append((setting, result))
                     else:
@@ -279,13 +305,26 @@ def bench(
 
                     times += prefill_times(model, processor, task, samples, settings, name, progress=progress)
         del model, processor
-    for number, sweep in enumerate(sweeps):
-        if lost := [t for t in sweep.tasks if (number, t) not in taken]:
-            raise ValueError(f"task {lost[0]} asks about {tasks[lost[0]].kind} items, which none of {sweep.models} takes")
     report = Report(found, rows_of(found), not_run, times, {})
     report.blind = {f"{r.model} {r.task}": b for r in report.rows if (b := blind_accuracy(r.model, r.task)) is not None}
     write(report, out, stem)
+    if reused and progress:
+        print(_reused(list(reused.values()), lines), file=sys.stderr)
+    for number, sweep in enumerate(sweeps):
+        if lost := [t for t in sweep.tasks if (number, t) not in taken]:
+            raise ValueError(f"task {lost[0]} asks about {tasks[lost[0]].kind} items, which none of {sweep.models} takes")
     return report
+
+
+def _reused(results: Sequence[Result], file: Path) -> str:
+    """What was not measured because it stands in a file: how much, since when, where, and whether by this code."""
+    from mmcompress.eval.loop import code_version
+
+    seen = dict.fromkeys((r.environment.get("date"), r.environment.get("cpu")) for r in results)
+    other = sum(r.environment.get("code") != code_version() for r in results)
+    by = f", {other} of them by another state of the code" if other else ""
+    when = "; ".join(f"{date}, {cpu}" for date, cpu in seen)
+    return f"{len(results)} measurements were taken from {file} ({when}{by}): --fresh measures them again"
 
 
 def _in_pieces(
@@ -302,13 +341,13 @@ def _in_pieces(
     from mmcompress.eval import loop
 
     items = [list(same) for _, same in groupby(samples, key=lambda s: id(s.item))]
-    held = {_key(r): r for r in read_lines(file)}
+    held = {_piece(r): r for r in read_lines(file)}
     parts: list[list[Result]] = [[] for _ in compressors]
     with loop.progress_bar(len(samples) * len(compressors), blank.task, progress) as bar:
         for start in range(0, len(items), PIECE):
             piece = [s for same in items[start : start + PIECE] for s in same]
             part = replace(blank, samples=loop.fingerprint(piece))
-            keys = [_key(part, c) for c in compressors]
+            keys = [_piece(part, c) for c in compressors]
             todo = [i for i, k in enumerate(keys) if k not in held and not (parts[i] and parts[i][-1].error)]
             bar.update(len(piece) * (len(compressors) - len(todo)))
             if todo:
@@ -334,6 +373,11 @@ def _model_name(name: str) -> str:
 def _key(result: Result, compressor: Compressor | None = None) -> str:
     key = result.key if compressor is None else {**result.key, "compressor": described(compressor)}
     return json.dumps(key, sort_keys=True)
+
+
+def _piece(result: Result, compressor: Compressor | None = None) -> str:
+    """The key of a piece: one measurement is of one state of the code, on one machine."""
+    return _key(result, compressor) + json.dumps([result.environment.get(k) for k in ("code", "torch", "transformers", "cpu")])
 
 
 def read_lines(path: Path) -> list[Result]:
@@ -400,16 +444,17 @@ HEAD = [
 ]  # fmt: skip
 TIMES = ["prefill ms", "of uncompressed", "own cost"]
 NOTE = "* the 95 % interval of the paired difference (points; bootstrap over items) leaves out 0."
+FEW = f"No intervals: fewer than {LEAST_ITEMS} items; take a larger n."
 
 
 def cells(row: Row, time: dict[str, Any] | None, timed: bool) -> list[str]:
     """A row of the table as text."""
-    low, high = (f"{100 * v:.1f}" for v in row.interval)
+    low, high = row.interval
     out = [
         row.label,
         "–" if row.ratio is None else f"{row.ratio:g}",
         f"{100 * row.accuracy:.1f}",
-        f"{low} – {high}",
+        "–" if low != low else f"{100 * low:.1f} – {100 * high:.1f}",
         f"{100 * row.tokens_kept / row.tokens_in:.1f}",
         f"{row.separators:.0f}",
         f"{row.sequence:.0f}",
@@ -431,20 +476,21 @@ def gap(difference: Difference | None) -> str:
     if difference is None:
         return "–"
     mean, low, high = (f"{100 * v:+.1f}".replace("-", "−") for v in (difference.mean, difference.low, difference.high))
-    return f"{mean} [{low}, {high}]" + (" *" if difference.beyond else "")
+    return mean if difference.low != difference.low else f"{mean} [{low}, {high}]" + (" *" if difference.beyond else "")
 
 
 def tables(report: Report, show: Callable[[list[str], list[list[str]]], str]) -> str:
     """One table per model and task, then what did not run; `show(headers, rows)` makes a table."""
     parts = []
     timed = bool(report.timing)
-    for model, task in dict.fromkeys((r.model, r.task) for r in report.rows):
-        rows = [r for r in report.rows if (r.model, r.task) == (model, task)]
+    for model, task, n in dict.fromkeys((r.model, r.task, r.n) for r in report.rows):
+        rows = [r for r in report.rows if (r.model, r.task, r.n) == (model, task, n)]
         blind = report.blind.get(f"{model} {task}")
-        told = f"{model}, {task}: {rows[0].n} questions" + (f", trained blind {100 * blind:.1f} %" if blind is not None else "")
+        told = f"{model}, {task}: {n} questions" + (f", trained blind {100 * blind:.1f} %" if blind is not None else "")
         at = {(t["label"], t["ratio"]): t for t in report.timing if (t["model"], t["task"]) == (model, task)}
         lines = [cells(r, at.get((r.label, r.ratio)), timed) for r in rows]
         parts += [told, "", show([*HEAD, *(TIMES if timed else [])], lines), ""]
+        parts += [FEW, ""] if rows[0].interval[0] != rows[0].interval[0] else []
     parts += [NOTE]
     for one in report.not_run:
         ratio = "" if one.get("ratio") is None else f" at {one['ratio']:g}"
@@ -490,18 +536,18 @@ def plot(report: Report, path: Path) -> None:
     _plotting()
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r.model, r.task) for r in report.rows))
+    panels = list(dict.fromkeys((r.model, r.task, r.n) for r in report.rows))
     figure = Figure(figsize=(6.4 * min(2, len(panels)), 4.6 * ((len(panels) + 1) // 2)), layout="constrained")
     axes = figure.subplots((len(panels) + 1) // 2, min(2, len(panels)), squeeze=False).flatten()
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     methods = list(dict.fromkeys(r.label for r in report.rows if r.label != UNCOMPRESSED))
-    for (model, task), axis in zip(panels, axes, strict=False):
+    for (model, task, n), axis in zip(panels, axes, strict=False):
         for number, label in enumerate(methods):
             points = sorted(
                 (r.tokens_kept, r.accuracy, *r.interval)
                 for r in report.rows
-                if (r.model, r.task, r.label) == (model, task, label)
+                if (r.model, r.task, r.n, r.label) == (model, task, n, label)
             )
             if not points:
                 continue
@@ -511,7 +557,7 @@ def plot(report: Report, path: Path) -> None:
             marker = "osD^vP*Xh<>d"[number % 12]
             axis.errorbar(x, y, (y - low, high - y), marker=marker, capsize=2, lw=1.4, elinewidth=0.6, label=label, **style)
         for r in report.rows:
-            if (r.model, r.task, r.label) == (model, task, UNCOMPRESSED):
+            if (r.model, r.task, r.n, r.label) == (model, task, n, UNCOMPRESSED):
                 shown = f"uncompressed ({r.tokens_in:.0f} tokens)"
                 axis.axhline(100 * r.accuracy, color="black", ls="--", lw=1, label=shown)
         if (blind := report.blind.get(f"{model} {task}")) is not None:

@@ -33,12 +33,19 @@ def shown(boxes: Tensor, box: Sequence[float]) -> Tensor:
     return torch.maximum(w * h / area, w * h / ((right - left) * (bottom - top)) * (2 / 3))
 
 
-def evidence_recall(item: Item, sample: Sample, size: int | tuple[int, int], sampling_rate: int = 16000) -> float:
+def evidence_recall(
+    item: Item,
+    sample: Sample,
+    size: int | tuple[int, int],
+    sampling_rate: int = 16000,
+    corner: tuple[float, float] = (0, 0),
+) -> float:
     """Share of the evidence's tokens that stayed or were merged into one that did, in 0..1.
 
-    item: the trace of the sample's item. size: (width, height) of the picture or of the clip's frames in pixels, or the number
-    of samples of the recording at `sampling_rate` Hz, over the whole of which its tokens lie.
-    nan where the evidence is not known, or the tokens do not lie on a grid.
+    item: the trace of the sample's item. size: (width, height) in pixels of the part of the picture or of the clip's frames, or
+    the number of samples of the recording at `sampling_rate` Hz, over the whole of which its tokens lie; corner: (left, top) of
+    that part.
+    nan where the evidence is not known, was cut away, or the tokens do not lie on a grid.
     """
     if not sample.evidence:
         return math.nan
@@ -48,17 +55,17 @@ def evidence_recall(item: Item, sample: Sample, size: int | tuple[int, int], sam
     boxes, first, last = places
     wanted = torch.zeros(len(boxes), dtype=torch.bool)
     for evidence in sample.evidence:
-        wanted |= _showing(boxes, first, last, evidence)
+        wanted |= _showing(boxes, first, last, evidence, corner)
     kept = item.kept.cpu() & wanted
     return float(kept.sum() / wanted.sum()) if wanted.any() else math.nan
 
 
-def _showing(boxes: Tensor, first: Tensor, last: Tensor, evidence: Evidence) -> Tensor:
+def _showing(boxes: Tensor, first: Tensor, last: Tensor, evidence: Evidence, corner: tuple[float, float]) -> Tensor:
     """[N] bool: the tokens that show it; where none shows it well, those that show most of it."""
     if evidence.seconds is not None:
         share = shown(boxes, (evidence.seconds[0], 0, evidence.seconds[1], 1))
     elif evidence.box is not None:
-        share = shown(boxes, evidence.box)
+        share = shown(boxes, [edge - start for edge, start in zip(evidence.box, corner * 2, strict=True)])
     else:
         share = torch.ones(len(boxes), dtype=torch.float64)
     start, end = evidence.frames or (0, math.inf)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from mmcompress.ledger import Ledger
 from mmcompress.registry import create
 
 DRAWS, LEVEL = 10_000, 0.95
+LEAST_ITEMS = 6
+"""Items below which no interval is told: six of one sign are what 95 % takes (2 / 2⁶ = 3 %)."""
 MAX_NEW_TOKENS, TRANSCRIPT = 8, 200
 UNCOMPRESSED, RANDOM = "none", "random_keep"
 
@@ -36,7 +39,7 @@ UNCOMPRESSED, RANDOM = "none", "random_keep"
 
 
 def bootstrap(
-    values: Sequence[float] | np.ndarray, items: Sequence[int], seed: int = 0, draws: int = DRAWS
+    values: Sequence[float] | np.ndarray, items: Sequence[int] | np.ndarray, seed: int = 0, draws: int = DRAWS
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values` [n] under redrawing whole items; items [n] says whose a value is."""
     value, item = np.asarray(values, dtype=float), np.unique(np.asarray(items), return_inverse=True)[1]
@@ -53,9 +56,19 @@ def bootstrap(
     return float(low), float(high)
 
 
+def interval(values: Sequence[float] | np.ndarray, items: Sequence[int] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """`bootstrap`, or (nan, nan) of fewer than LEAST_ITEMS items."""
+    return bootstrap(values, items, seed) if len(set(items)) >= LEAST_ITEMS else (float("nan"), float("nan"))
+
+
+def rounded(value: float, digits: int = 5) -> float | None:
+    """As JSON takes it: None for nan."""
+    return round(value, digits) if value == value else None
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Mean of a − b over the same questions, with its 95 % interval."""
+    """Mean of a − b over the same questions, with its 95 % interval; nan of fewer than LEAST_ITEMS items."""
 
     mean: float
     low: float
@@ -67,7 +80,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"mean": round(self.mean, 5), "interval": [round(self.low, 5), round(self.high, 5)], "beyond": self.beyond}
+        return {"mean": round(self.mean, 5), "interval": [rounded(self.low), rounded(self.high)], "beyond": self.beyond}
 
 
 def paired(a: Sequence[Result] | Result, b: Sequence[Result] | Result, seed: int = 0, topic: str | None = None) -> Difference:
@@ -83,7 +96,7 @@ def paired(a: Sequence[Result] | Result, b: Sequence[Result] | Result, seed: int
         )
     asked = np.array([topic in (None, t) for t in first[0].topics])
     gap = (mean_scores(first) - mean_scores(second))[asked]
-    return Difference(float(gap.mean()), *bootstrap(gap, np.array(first[0].items)[asked], seed))
+    return Difference(float(gap.mean()), *interval(gap, np.array(first[0].items)[asked], seed))
 
 
 def mean_scores(results: Sequence[Result]) -> np.ndarray:
@@ -132,7 +145,8 @@ class Result:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return bootstrap(self.scores, self.items)
+        """95 % of the accuracy; nan of fewer than LEAST_ITEMS items."""
+        return interval(self.scores, self.items)
 
     @property
     def by_topic(self) -> dict[str, tuple[float, int]]:
@@ -161,12 +175,12 @@ class Result:
         return {
             **out,
             "accuracy": round(self.accuracy, 5),
-            "interval": [round(v, 5) for v in self.interval],
+            "interval": [rounded(v) for v in self.interval],
             "n": self.n,
             "items": len(set(self.items)),
             "chance": round(self.chance, 5),
             "topics": {t: {"accuracy": round(a, 5), "n": n} for t, (a, n) in self.by_topic.items()},
-            "evidence_recall": None if self.evidence_recall != self.evidence_recall else round(self.evidence_recall, 5),
+            "evidence_recall": rounded(self.evidence_recall),
             "ledger": self.ledger,
             "differences": {name: d.to_json() for name, d in self.differences.items()},
             "seconds": round(self.seconds, 2),
@@ -176,7 +190,7 @@ class Result:
             "scores": "".join(str(int(s)) for s in self.scores) if binary else [round(s, 6) for s in self.scores],
             "questions_per_item": [len(list(same)) for _, same in groupby(self.items)],
             "topic_per_question": self.topics,
-            "recall_per_question": [None if r != r else round(r, 5) for r in self.recall],
+            "recall_per_question": [rounded(r) for r in self.recall],
         }
 
     @classmethod
@@ -195,7 +209,10 @@ class Result:
             seconds=line["seconds"],
             shared=line["shared"],
             chance=line["chance"],
-            differences={k: Difference(d["mean"], *d["interval"]) for k, d in line["differences"].items()},
+            differences={
+                k: Difference(d["mean"], *(float("nan") if v is None else v for v in d["interval"]))
+                for k, d in line["differences"].items()
+            },
         )
 
 
@@ -240,13 +257,23 @@ def weights_of(model: Any) -> str:
     return hashed.hexdigest()[:16]
 
 
+@cache
+def code_version() -> str:
+    """A short hash of the package's Python source: results of other code are other results."""
+    folder = Path(__file__).parents[1]
+    hashed = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        hashed.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
+
+
 def described(compressor: Compressor) -> dict[str, Any]:
     """Its configuration, and of one with parameters a fingerprint of them."""
     return compressor.config() | ({"weights": weights_of(compressor)} if compressor.state_dict() else {})
 
 
 def environment(model: Any) -> dict[str, Any]:
-    """Versions, machine, device and dtype as plain JSON values."""
+    """Versions (code: of the source), machine, device and dtype as plain JSON values."""
     import torch
     import transformers
 
@@ -256,6 +283,7 @@ def environment(model: Any) -> dict[str, Any]:
     device = model.device
     return {
         "mmcompress": mmcompress.__version__,
+        "code": code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -455,14 +483,15 @@ def sweep(
                     replies = answer(model, processor, prompts, compressor, length, batch_size)
                 except ValueError as error:
                     result.error = str(error)
+                    result.scores, result.items, result.topics, result.recall = [], [], [], []
                     continue
                 result.seconds += time.perf_counter() - start
                 result.shared = result.shared or (shares and not reads_text(compressor))
-                for sample, reply in zip(scene, replies, strict=True):
+                for sample, inputs, reply in zip(scene, prompts, replies, strict=True):
                     result.scores.append(float(task.score(sample, reply.text)))
                     result.items.append(index)
                     result.topics.append(sample.topic)
-                    result.recall.append(_recall(reply.item, task, sample))
+                    result.recall.append(_recall(reply.item, task, sample, processor, inputs))
                     ledgers[id(result)].samples += reply.counts
                 shown.update(len(scene))
     for result in results:
@@ -485,7 +514,13 @@ def task_name(task: Task) -> str:
     return task.name if value is None else f"{task.name}:{value}"
 
 
-def _recall(item: Any, task: Task, sample: Sample) -> float:
+def _recall(item: Any, task: Task, sample: Sample, processor: Any, inputs: Any) -> float:
+    """Evidence recall on what the model saw of the item: its processor may cut a picture's sides away, or fill a window up."""
+    from mmcompress.ask import seen
     from mmcompress.eval.evidence import evidence_recall
 
-    return evidence_recall(item, sample, size_of(sample.item), task.sampling_rate) if item is not None else float("nan")
+    if item is None or not sample.evidence:
+        return float("nan")
+    whole, size = size_of(sample.item), size_of(seen(processor, sample.item, item.layout, inputs))
+    corner = (0.0, 0.0) if task.kind == "audio" else ((whole[0] - size[0]) / 2, (whole[1] - size[1]) / 2)
+    return evidence_recall(item, sample, size, task.sampling_rate, corner)

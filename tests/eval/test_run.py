@@ -201,7 +201,8 @@ def result(scores, items=None, samples="s", **more):
     return loop.Result(**common, samples=samples, scores=scores, items=items, topics=["a"] * len(scores), **more)
 
 
-def test_a_paired_difference_by_hand():
+def test_a_paired_difference_by_hand(monkeypatch):
+    monkeypatch.setattr(loop, "LEAST_ITEMS", 1)
     a, b = result([1, 1, 1, 0]), result([1, 0, 1, 0])
     gap = paired(a, b)  # one of four questions differs: the interval of the first case above
     assert (gap.mean, gap.low, gap.high, gap.beyond) == (0.25, 0, 0.75, False)
@@ -213,6 +214,19 @@ def test_a_paired_difference_by_hand():
     assert paired(result([1, 0]), [result([1, 0]), result([0, 0])]).mean == 0.25
     with pytest.raises(ValueError, match="same samples"):
         paired(a, result([1, 0, 0, 0], samples="others"))
+
+
+def test_few_items_tell_no_interval():
+    """Of one picture every redrawing is the same: an interval without width, and a star, would say that it is certain."""
+    a, b = result([1, 1, 1, 1], [0, 0, 0, 0]), result([0, 0, 0, 0], [0, 0, 0, 0])
+    gap = paired(a, b)
+    assert gap.mean == 1 and gap.low != gap.low and not gap.beyond and bench.gap(gap) == "+100.0"
+    line = json.loads(json.dumps(a.to_json() | {"differences": {"none": gap.to_json()}}, allow_nan=False))
+    assert line["interval"] == [None, None] == line["differences"]["none"]["interval"]
+    again = loop.Result.from_json(line)
+    assert np.isnan(again.interval).all() and np.isnan(again.differences["none"].low)
+    six = result([1] * 6), result([0] * 6)
+    assert paired(*six).beyond and six[0].interval == (1, 1)  # from here on the same sign six times is told
 
 
 # the loop
@@ -246,7 +260,8 @@ def test_accuracy_and_counts_equal_a_stock_loop(models, tmp_path):
     assert line["n"] == n and line["compressor"] == compressor.config() and line["questions_per_item"] == [4, 4, 2]
     assert {"torch", "transformers", "cpu", "threads", "dtype", "device", "weights"} <= set(line["environment"])
     again = loop.Result.from_json(line)
-    assert again.key == got.key and again.scores == got.scores and again.interval == got.interval
+    assert again.key == got.key and again.scores == got.scores
+    np.testing.assert_equal(again.interval, got.interval)
     assert again.differences["none"].mean == pytest.approx(got.differences["none"].mean, abs=1e-4)
 
 
@@ -284,6 +299,24 @@ def test_what_does_not_run(models):
     assert "crops" in found[0].error and found[0].n == 0 and found[1].error is None and found[1].n == 2
 
 
+def test_what_fails_on_a_later_item_has_no_half_result(models, monkeypatch):
+    from mmcompress.eval import answers
+
+    model, processor = models("llava")
+    real, calls = answers.answer, []
+
+    def second_time_refused(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise ValueError("no tokens left")
+        return real(*given)
+
+    monkeypatch.setattr(answers, "answer", second_time_refused)
+    (found,) = sweep(model, processor, Tiny(), [create("none")], 8, progress=False)
+    assert len(calls) == 2 and found.error == "no tokens left"
+    assert found.n == 0 and not found.items and not found.topics and not found.recall and found.accuracy != found.accuracy
+
+
 def test_auto_takes_bfloat16_only_where_it_is_fast(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
@@ -303,7 +336,7 @@ def bencher(models, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "MAX_NEW_TOKENS", STEPS)
     real = sweep
 
-    def go(load=None, timing=False, fresh=False, **changes):
+    def go(load=None, timing=False, fresh=False, progress=False, plans=None, **changes):
         measured = []
 
         def counted(model, processor, task, compressors, *rest, **more):
@@ -313,7 +346,8 @@ def bencher(models, monkeypatch, tmp_path):
         monkeypatch.setattr(loop, "sweep", counted)
         plan = {"models": ["m"], "tasks": ["tiny"], "methods": ["pooling"], "keep_ratio": [0.5, 0.25], "n": 8, **changes}
         load = load or (lambda name, dtype: (model, processor))
-        report = bench.bench([Sweep(**plan)], tmp_path, load=load, timing=timing, fresh=fresh, progress=False)
+        sweeps = [Sweep(**plan | more) for more in plans or [{}]]
+        report = bench.bench(sweeps, tmp_path, load=load, timing=timing, fresh=fresh, progress=progress)
         return report, measured
 
     go.folder, go.model, go.processor = tmp_path, model, processor
@@ -340,6 +374,44 @@ def test_a_benchmark_adds_its_controls_and_resumes(bencher):
     from mmcompress.testing import tiny_model
 
     assert bencher(load=lambda name, dtype: (tiny_model("llava_next", seed=1), bencher.processor))[1] == ALL  # other weights
+
+
+def test_what_is_not_measured_again_is_named(bencher, capsys, monkeypatch):
+    bencher(progress=True, keep_ratio=[0.25])
+    assert "--fresh" not in capsys.readouterr().err
+    bencher(progress=True, keep_ratio=[0.25, 0.5])
+    told = capsys.readouterr().err
+    assert "4 measurements were taken from" in told and "other" not in told and "--fresh measures them again" in told
+    monkeypatch.setattr(loop, "code_version", lambda: "another")
+    bencher(progress=True, keep_ratio=[0.25])
+    assert "4 of them by another state of the code" in capsys.readouterr().err
+
+
+def test_two_sweeps_that_ask_the_same_count_once(bencher):
+    once = bencher(seeds=[0, 1, 2])[0]
+    twice = bencher(plans=[{"seeds": [0]}, {"seeds": [0, 1, 2]}])[0]
+    assert [(r.label, r.ratio, r.seeds, r.accuracy) for r in once.rows] == [
+        (r.label, r.ratio, r.seeds, r.accuracy) for r in twice.rows
+    ]
+    apart = bencher(plans=[{"n": 8}, {"n": 7}])[0]
+    assert "m, tiny: 8 questions" in bench.text(apart) and "m, tiny: 7 questions" in bench.text(apart)
+
+
+def test_pieces_of_other_code_are_measured_again(bencher, monkeypatch):
+    monkeypatch.setattr(bench, "PIECE", 1)
+    real, calls = loop.append, []
+
+    def stop(path, results):
+        real(path, results)
+        calls.append(path.name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "append", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bencher()
+    monkeypatch.setattr(loop, "code_version", lambda: "another")
+    assert bencher()[1] == ALL + ALL  # both items
 
 
 def test_a_sweep_that_was_stopped_goes_on_item_by_item(bencher, monkeypatch):
@@ -390,6 +462,10 @@ def test_a_benchmark_reports_what_did_not_run(bencher):
     assert "not run: vidcom2 at 0.25 on m, tiny: vidcom2 compresses video" in bench.text(report)
     with pytest.raises(ValueError, match="task tiny asks about audio items"):
         bencher(tasks=["sound"])
+    (bencher.folder / "results.jsonl").unlink()
+    with pytest.raises(ValueError, match="task tiny asks about audio items"):
+        bencher(tasks=["tiny", "sound"])
+    assert not (bencher.folder / "results.jsonl").exists()  # told before anything is measured
     with pytest.raises(ValueError, match="task sound asks about audio items, which none of"):
         bencher(models=["m", "o"], tasks=["tiny", "sound"])
     for name, wrong in {"n": 0, "seeds": [], "keep_ratio": [2], "methods": ["nothing"], "models": "m"}.items():
@@ -424,6 +500,12 @@ def test_presets(tmp_path):
     assert stem == Path("runs/bench/mine") and [s.label for s in one.settings()][-1] == "tome"
     own.write_text(json.dumps({"sweeps": [{"modles": ["image"]}]}))
     with pytest.raises(ValueError, match="modles"):
+        bench.load_preset(str(own))
+    own.write_text('{"sweeps": [')
+    with pytest.raises(ValueError, match=r"mine\.json is not valid JSON"):
+        bench.load_preset(str(own))
+    own.write_text('{"sweeps": []}')
+    with pytest.raises(ValueError, match=r"must hold 'sweeps', a list of .*: got \[\]"):
         bench.load_preset(str(own))
     with pytest.raises(ValueError, match="preset must be"):
         bench.load_preset("no_such_preset")
