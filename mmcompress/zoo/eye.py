@@ -71,9 +71,10 @@ class Eye:
     def folded(self) -> dict[str, Tensor]:
         """The projector's tensors by their full names, the features' scale folded into its first layer."""
         state = {n: p.detach().float() for n, p in self.projector.named_parameters()}
-        weight = state[f"{self.ends[0]}.weight"] / self.std
+        weight = state[f"{self.ends[0]}.weight"]
+        weight = weight / self.std.to(weight)
         state[f"{self.ends[0]}.weight"] = weight
-        state[f"{self.ends[0]}.bias"] = state[f"{self.ends[0]}.bias"] - weight @ self.mean.expand(weight.shape[1])
+        state[f"{self.ends[0]}.bias"] = state[f"{self.ends[0]}.bias"] - weight @ self.mean.to(weight).expand(weight.shape[1])
         return {self.projector_prefix + n: p for n, p in state.items()}
 
 

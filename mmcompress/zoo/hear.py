@@ -6,6 +6,7 @@ token is drawn, gently, to its sound's embedding, silence to the vocabulary's me
 
 from __future__ import annotations
 
+import time
 from itertools import chain
 from typing import Any
 
@@ -30,6 +31,7 @@ def teach(sense: Sense, scenes: list[list[Seen]], steps: int, seed: int) -> dict
     trained = [p.requires_grad_(True) for p in sense.trained.values()]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.05)
     right: list[float] = []
+    began = time.process_time()
     for step in (bar := tqdm(range(steps), desc="hear", mininterval=10)):
         for g in optimizer.param_groups:
             g["lr"] = 2e-3 * rate(step, steps)
@@ -40,7 +42,8 @@ def teach(sense: Sense, scenes: list[list[Seen]], steps: int, seed: int) -> dict
         optimizer.step()
         right = (right + hit)[-2000:]
         bar.set_postfix_str(f"loss={loss.item():.3f} named={np.mean(right):.3f}")
-    return {"steps": steps, "named": round(float(np.mean(right)), 3)}
+    minutes = round((time.process_time() - began) / 60, 1)
+    return {"steps": steps, "cpu_minutes": minutes, "named": round(float(np.mean(right)), 3)}
 
 
 def lesson(sense: Any, scenes: list[list[Seen]], names: list[str], vectors: Tensor, mean: Tensor, rng: np.random.Generator):

@@ -155,11 +155,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--again needs RUN, of one of {', '.join(sorted(RECIPES))}; got {args.name}")
     if needs and not (args.run and (args.blind_run or args.again)):
         parser.error(f"{args.name} needs RUN and BLIND_RUN")
+    if not needs and args.run:
+        parser.error(f"{args.name} is not trained and takes no RUN, got {args.run}")
+    try:
+        runs = [_run(run, args.name, blind) for run, blind in ((args.run, False), (args.blind_run, True)) if run]
+        if args.again and (runs[0]["resumed"] or runs[0]["scale"] != 1):
+            raise ValueError(f"--again needs a RUN of the whole recipe in one call, got {args.run}")
+    except ValueError as error:
+        parser.error(str(error))
     if args.again:
-        trained = json.loads((args.run / "run.json").read_text())
         noted = card_of(args.name)
+        args.seed, args.dtype = noted["measure_seed"], noted["measure_dtype"]
         asked = {task: got["n"] for task, got in noted["measured"].items()}  # the card's own questions
-        noted["again"] = {"trained": trained, **_measured(args, args.run, asked)}
+        noted["again"] = {"trained": runs[0], **_measured(args, args.run, asked)}
         card_file(args.name).write_text(json.dumps(noted, indent=1) + "\n")
         return
     folder = parts_dir(args.name)
@@ -167,11 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     asked = dict.fromkeys(TASKS[args.name], args.n)
     card: dict[str, Any] = _measured(args, args.run, asked, tenths=args.name != "asr")
     if needs:
-        card["trained"] = json.loads((args.run / "run.json").read_text())
-        card["trained_blind"] = json.loads((args.blind_run / "run.json").read_text())
+        card["trained"], card["trained_blind"] = runs
         card["blind"] = _measured(args, args.blind_run, asked, blind=True)["measured"]
         for file in FILES:
-            if args.name == folder.name and (args.run / file).is_file():
+            if (args.run / file).is_file():
                 shutil.copyfile(args.run / file, folder / file)
     tasks = TASKS[args.name]
     card |= {
@@ -198,6 +205,20 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
+def _run(folder: Path, name: str, blind: bool) -> dict[str, Any]:
+    """What a finished run says of itself. Raises ValueError where it is not one of this model, blind or not."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise ValueError(f"{'BLIND_RUN' if blind else 'RUN'} must be the folder of a finished run, got {folder}")
+    record = json.loads(file.read_text())
+    if (record["name"], record["blind"]) != (name, blind):
+        raise ValueError(
+            f"{'BLIND_RUN' if blind else 'RUN'} must be a run of {name} {'with' if blind else 'without'} --blind, got one of "
+            f"{record['name']} {'with' if record['blind'] else 'without'} it: {folder}"
+        )
+    return record
+
+
 def _measured(
     args: argparse.Namespace, run: Path | None, asked: dict[str, int], blind: bool = False, tenths: bool = False
 ) -> dict[str, dict[str, dict]]:
@@ -205,6 +226,11 @@ def _measured(
     tokens; kept in the run's folder, done once."""
     file = None if run is None else run / f"measured-{args.name}.json"
     found: dict[str, dict[str, dict]] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    of = {"seed": args.seed, "dtype": args.dtype, "asked": asked, "tenths": tenths, "parts": {}}
+    if run is not None:
+        of["parts"] = {f: hashlib.sha256((run / f).read_bytes()).hexdigest() for f in FILES if (run / f).is_file()}
+    if found.pop("of", None) != of:  # of other parts, or other questions
+        found = {}
     shipped = parts_dir(args.name)
     model, processor = _build(args.name, None, run or (shipped if any(shipped.glob("*.safetensors")) else None))
     model.to(getattr(torch, args.dtype))
@@ -222,7 +248,7 @@ def _measured(
         for how, figures in got.items():
             found.setdefault(how, {})[task] = figures
         if file is not None:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            file.write_text(json.dumps({"of": of, **found}, indent=1) + "\n")
     return found
 
 

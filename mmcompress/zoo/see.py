@@ -61,30 +61,37 @@ def teach(
     stats: dict[str, list[float]] = {}
     line: dict[str, float] = {}
     make = lambda step: [view(seed + 1, step * BATCH + i) for i in range(BATCH)]  # noqa: E731
+    step, bar = done, tqdm(initial=done, total=steps, desc="see", mininterval=10)
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, done)
-        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="see", mininterval=10)):
-            views = coming.result()
-            coming = pool.submit(make, step + 1)
-            for g in optimizer.param_groups:
-                g["lr"] = g["peak"] * rate(step, steps, WARMUP)
-            loss, right = lesson(eye, views, boxes, vector, mean, np.random.default_rng([seed, step]))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
-            optimizer.step()
-            stats.setdefault("loss", []).append(loss.item())
-            for name, hits in right.items():
-                stats.setdefault(name, []).extend(hits)
-            if (step + 1) % 25 == 0 or step + 1 == steps:
-                line = {k: round(float(np.mean(v)), 3) for k, v in stats.items() if v}
-                log.write(json.dumps({"stage": "see", "step": step + 1, **line}) + "\n")
-                log.flush()
-                bar.set_postfix_str(" ".join(f"{k}={v}" for k, v in line.items()))
-                stats = {}
-            if time.time() - saved > 180 or step + 1 == steps:
-                state.save(step + 1)
-                saved = time.time()
+        coming = pool.submit(make, step)
+        try:
+            while step < steps:
+                views = coming.result()
+                coming = pool.submit(make, step + 1)
+                for g in optimizer.param_groups:
+                    g["lr"] = g["peak"] * rate(step, steps, WARMUP)
+                loss, right = lesson(eye, views, boxes, vector, mean, np.random.default_rng([seed, step]))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+                optimizer.step()
+                step += 1
+                bar.update()
+                stats.setdefault("loss", []).append(loss.item())
+                for name, hits in right.items():
+                    stats.setdefault(name, []).extend(hits)
+                if step % 25 == 0 or step == steps:
+                    line = {k: round(float(np.mean(v)), 3) for k, v in stats.items() if v}
+                    log.write(json.dumps({"stage": "see", "step": step, **line}) + "\n")
+                    log.flush()
+                    bar.set_postfix_str(" ".join(f"{k}={v}" for k, v in line.items()))
+                    stats = {}
+                if time.time() - saved > 180:
+                    state.save(step)
+                    saved = time.time()
+        finally:
+            state.save(step)
+            bar.close()
     return layers, {**line, "cpu_minutes": state.cpu_minutes}
 
 

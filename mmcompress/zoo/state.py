@@ -38,7 +38,8 @@ class State:
         part = self.path.with_suffix(".tmp")
         save_file(tensors, part)
         os.replace(part, self.path.with_suffix(".state"))
-        self.path.with_suffix(".json").write_text(json.dumps({"step": step, "cpu_minutes": self.cpu_minutes}))
+        part.write_text(json.dumps({"step": step, "cpu_minutes": self.cpu_minutes}))
+        os.replace(part, self.path.with_suffix(".json"))
 
     def load(self) -> int:
         """Steps done, 0 if nothing was saved."""

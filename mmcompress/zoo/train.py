@@ -1,9 +1,9 @@
 """Train the parts that the zoo ships: `python -m mmcompress.zoo.train NAME`.
 
-Three stages, each resumable: tower and projector learn words for tokens (see.py, hear.py); what the tower gives for the
-training scenes is computed once (sense.py); projector and LoRA learn to answer, with all questions of a scene packed behind one
-item, several items in a step and, of most items, a random subset of the tokens (those that show what is asked for and a share
-of the others, at their own positions), which also helps under reduction.
+Three stages; a run that was stopped goes on with --resume (a GPU encodes anew). Tower and projector learn words for tokens
+(see.py, hear.py); what the tower gives for the training scenes is computed once (sense.py); projector and LoRA learn to answer,
+with all questions of a scene packed behind one item, several items in a step and, of most items, a random subset of the tokens
+(those that show what is asked for and a share of the others, at their own positions), which also helps under reduction.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ READING = (
 """`_drawn` in words, for the card."""
 QUESTION = 24
 """Tokens of a question with its frame, about."""
+PLAN = "plan.json"
+"""What a run's folder is for, see `_checked`."""
 PACE = 30
 """Steps by whose time --minutes is turned into a number of steps, after as many to warm up."""
 
@@ -76,14 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mmcompress.zoo.train", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(RECIPES), help="the model")
     parser.add_argument("--out", type=Path, default=None, help="folder of the run (runs/NAME)")
-    parser.add_argument("--steps", type=int, default=None, help="steps of the last stage (the recipe's)")
+    parser.add_argument("--steps", type=_count, default=None, help="steps of the last stage (the recipe's)")
     parser.add_argument(
         "--minutes", type=float, default=None, help="in place of --steps: as many as fit, by the first ones' time"
     )
     parser.add_argument(
-        "--tokens", type=int, default=BUDGET, help=f"tokens of a step of the last stage ({BUDGET}; a GPU takes 16,000)"
+        "--tokens", type=_count, default=BUDGET, help=f"tokens of a step of the last stage ({BUDGET}; a GPU takes 16,000)"
     )
-    parser.add_argument("--see-steps", type=int, default=None, help="steps of the first stage (the recipe's)")
+    parser.add_argument("--see-steps", type=_count, default=None, help="steps of the first stage (the recipe's)")
     parser.add_argument("--scale", type=float, default=1.0, help="scenes, as a factor on the recipe's")
     parser.add_argument("--until", choices=("see", "encode", "answer"), default="answer", help="the last stage that is done")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,18 +101,69 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     args.out = args.out or Path("runs") / (args.name + ("-blind" if args.blind else ""))
+    recipe = RECIPES[args.name]
+    try:
+        plan = _checked(args, recipe)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` stops a run as Ctrl-C does: its state is saved
-    train(args, RECIPES[args.name])
+    train(args, recipe, plan)
 
 
-def train(args: argparse.Namespace, recipe: Recipe) -> None:
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return value
+
+
+def _checked(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """What the folder of a run is for: a run that goes on must be the same. Raises ValueError or FileNotFoundError for what
+    would fail later, before an earlier run is overwritten."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu where there is no GPU, got {args.device!r}")
+    if args.until == "encode" and args.device != "cpu":
+        raise ValueError(f"--until encode needs --device cpu, which alone keeps what it encoded; got {args.device!r}")
+    if args.start and (args.blind or recipe.hear):
+        raise ValueError(f"--start is for models that see, and not for --blind; got {args.name} {args.start}")
+    for source in recipe.sources:
+        create_task(source.task).length("train")  # raises where data is missing
+    start = None if args.blind else args.start or (parts_of(recipe.start) if recipe.start else None)
+    if start and not all((start / f"{part}.safetensors").is_file() for part in ("tower", "projector", "lora")):
+        raise ValueError(f"--start must be a folder with tower, projector and lora.safetensors, got {str(start)!r}")
+    plan = {
+        "name": args.name,
+        "blind": args.blind,
+        "seed": args.seed,
+        "scale": args.scale,
+        "see_steps": None if args.blind or start else args.see_steps or recipe.see,
+        "start": None if start is None else str(start.resolve()),
+    }
+    file = args.out / PLAN
+    if args.resume and file.is_file():
+        for key, was in json.loads(file.read_text()).items():
+            if plan[key] != was:
+                raise ValueError(f"--resume must go on with {key} {was!r} as {args.out} began, got {plan[key]!r}")
+    return plan
+
+
+def _clear(out: Path, start: str | None) -> None:
+    """Make room for a new run; the parts that it starts from may lie there."""
+    names = ["run.json", "log.jsonl", "measured-*.json", *(f"{stage}.*" for stage in ("see", "hear", "answer"))]
+    if start != str(out.resolve()):
+        names += [f"{part}.safetensors" for part in ("tower", "projector", "lora")]
+    for file in (f for name in names for f in out.glob(name)):
+        file.unlink()
+    shutil.rmtree(out / "seen", ignore_errors=True)
+
+
+def train(args: argparse.Namespace, recipe: Recipe, plan: dict[str, Any]) -> None:
     began = time.time()
     torch.manual_seed(args.seed)
+    start = None if plan["start"] is None else Path(plan["start"])
     if not args.resume:
-        for file in (f for stage in ("see", "hear", "answer") for f in args.out.glob(f"{stage}.*")):
-            file.unlink()
-        shutil.rmtree(args.out / "seen", ignore_errors=True)
+        _clear(args.out, plan["start"])
+    (args.out / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
     device = torch.device(args.device)
     on_gpu = device.type != "cpu"
     dtype = torch.bfloat16 if on_gpu and args.dtype == "auto" else pick_dtype(args.dtype)
@@ -122,7 +175,10 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     sources = {s.name: max(round(s.scenes * args.scale), 2) for s in recipe.sources}
     report: dict[str, Any] = {"sources": sources, "reading": READING.format(tokens=args.tokens)}
     main_sense: Any = sense_of(args.name, model, processor)
-    start = None if args.blind else args.start or (parts_of(recipe.start) if recipe.start else None)
+    if start:
+        of = args.name if args.start else str(recipe.start)
+        how = "those that ship" if start == parts_dir(of).resolve() else "of another run"
+        report["start"] = f"the trained parts of `{of}` are taken over ({how})"
     if not args.blind and (recipe.see or start):
         report["see"] = _tower(args, recipe, main_sense, dtype, start)
     if args.until == "see":
@@ -152,10 +208,7 @@ def train(args: argparse.Namespace, recipe: Recipe) -> None:
     elif recipe.lora and not args.blind:
         _reads(layers, parts_of(recipe.lora))
     elif recipe.hear and not args.blind:
-        heard = out / "hear.json"
-        if not (out / "answer.json").is_file():  # a state of the last stage holds the projector too
-            heard.write_text(json.dumps(hear.teach(main_sense, scenes, recipe.hear, args.seed)))
-        report["hear"] = json.loads(heard.read_text()) if heard.is_file() else {}
+        report["hear"] = _heard(args, recipe, main_sense, scenes)
     _answer(args, recipe, senses, scenes, layers, steps, report)
     report |= {"resumed": args.resume, "minutes": round((time.time() - began) / 60, 1)}
     _export(args, main_sense, layers, report)
@@ -177,6 +230,9 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
         merge_lora(state, lora)
         eye.tower.load_state_dict({n.removeprefix(eye.tower_prefix): v for n, v in state.items()})
         save_file(lora, parts)
+        projector = load_file(start / "projector.safetensors")
+        for name, p in sense.trained.items():  # features of Qwen's tower end in a layer of it
+            p.data.copy_(projector[name])
         return {}
     eye.encoder.to(dtype)
     eye.projector.float()
@@ -185,6 +241,18 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
     layers, line = teach(eye, words, sense.processor.tokenizer, args.out, steps, args.seed)
     save_file({k: v.half().contiguous() for k, v in lora_state(layers, eye.tower_prefix).items()}, parts)
     return {"steps": steps, **line}
+
+
+def _heard(args: argparse.Namespace, recipe: Recipe, sense: Sense, scenes: list[list[Seen]]) -> dict[str, float]:
+    """First stage of a model that hears, in place; done once."""
+    line, projector = args.out / "hear.json", args.out / "hear.safetensors"
+    if not projector.is_file():
+        line.write_text(json.dumps(hear.teach(sense, scenes, recipe.hear, args.seed)))
+        save_file({n: p.detach().contiguous() for n, p in sense.trained.items()}, projector)
+    tensors = load_file(projector)
+    for name, p in sense.trained.items():
+        p.data.copy_(tensors[name])
+    return json.loads(line.read_text())
 
 
 def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int) -> None:
@@ -219,6 +287,8 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     state = State(args.out / "answer", trained, optimizer)
     done = state.load()
     report["answer"] = {"steps": done, "cpu_minutes": state.cpu_minutes}
+    if args.minutes is not None:
+        steps = max(steps, done + 2 * PACE + 1)  # until the pace is known
     reader = Reader(senses[0])
     log, saved = (args.out / "log.jsonl").open("a"), time.time()
     stats: dict[str, list] = {}

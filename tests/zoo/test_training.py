@@ -1,28 +1,31 @@
 """Training and measuring of the zoo: packed questions against the stock forward, stages that resume, marks and tokens."""
 
 import json
+import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mmcompress.ask import Question, prepare
 from mmcompress.eval.tasks import Box, Mark, Scene, Task, create_task
 from mmcompress.eval.tasks.base import Question as TaskQuestion
 from mmcompress.zoo import _build, parts_dir, verify
 from mmcompress.zoo import measure as measuring
+from mmcompress.zoo import train as training
 from mmcompress.zoo.boxes import layout, token_boxes, token_marks
 from mmcompress.zoo.eye import Eye, QwenEye, normalised, patches
 from mmcompress.zoo.image import PINPOINTS
 from mmcompress.zoo.lora import add_lora_, lora_state, merge_lora
 from mmcompress.zoo.measure import guess, kept, measure, summary
 from mmcompress.zoo.reader import Reader, arranged
-from mmcompress.zoo.recipes import Recipe, Source, sense_of
+from mmcompress.zoo.recipes import RECIPES, Recipe, Source, sense_of
 from mmcompress.zoo.see import lesson
 from mmcompress.zoo.sense import encode, hidden, store
-from mmcompress.zoo.train import BUDGET, PREFIX, _drawn, _reads, _take_over, choose, main, parts_of
+from mmcompress.zoo.train import BUDGET, PLAN, PREFIX, _clear, _drawn, _reads, _take_over, _tower, choose, main, parts_of
 from mmcompress.zoo.views import TABLES, spelled, view
 
 ITEM = {"image": "images", "video": "videos", "audio": "audio"}
@@ -116,18 +119,17 @@ def test_views_are_deterministic_and_their_marks_named():
     (one, marks), (two, again) = view(3, 5), view(3, 5)
     assert one.tobytes() == two.tobytes() and marks == again and one.size == (224, 224)
     assert view(3, 6)[0].tobytes() != one.tobytes()
-    boxes = token_boxes((224, 224), None)
+    boxes, spelt = token_boxes((224, 224), None), 0
     for i in range(30):
         picture_marks = view(0, i)[1]
         label = token_marks(boxes, picture_marks).numpy()
         for j, mark in enumerate(picture_marks):
             groups = spelled(mark, np.nonzero(label == j)[0], boxes.numpy(), 52)
-            assert (
-                sorted(np.concatenate([t for t, _ in groups]).tolist()) == np.nonzero(label == j)[0].tolist()
-                if groups
-                else True
-            )
+            spelt += bool(groups)
+            if groups:
+                assert sorted(np.concatenate([t for t, _ in groups]).tolist()) == np.nonzero(label == j)[0].tolist()
             assert all(w in TABLES[t] for _, said in groups for t, w in said)
+    assert spelt > 60
 
 
 def read(mark, places):
@@ -168,6 +170,7 @@ def test_a_run_starts_from_another_s_parts(tmp_path):
     (one, processor), (two, _) = _build("image"), _build("video")
     first, second = sense_of("image", one, processor), sense_of("video", two, processor)
     first.eye.mean, first.eye.std = torch.randn(2304), torch.rand(2304) + 0.5
+    one.model.image_newline.data.normal_()
     layers, others = (add_lora_(m.model.language_model, torch.Generator().manual_seed(s)) for s, m in enumerate((one, two)))
     for layer in layers.values():
         layer.b.data.normal_(std=0.1)
@@ -244,6 +247,24 @@ def test_some_steps_show_their_items_whole_and_the_mixture_changes():
     assert 0.02 < early < 0.2 and 0.25 < late < 0.55 and detail > 0.8 and rarely < 0.2
 
 
+def test_features_of_a_start_are_those_of_its_parts(tmp_path):
+    """Qwen's tower ends in the merger's norm, which ships with the projector: it must be there before scenes are encoded."""
+    model, processor = _build("mrope")
+    sense = sense_of("mrope", model, processor)
+    for name in ("tower", "lora"):
+        shutil.copyfile(parts_dir("mrope") / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+    given = load_file(parts_dir("mrope") / "projector.safetensors")
+    given["model.visual.merger.ln_q.weight"] = torch.full((384,), 2.0)
+    save_file(given, tmp_path / "projector.safetensors")
+    (tmp_path / "run").mkdir()
+    _tower(Namespace(out=tmp_path / "run"), RECIPES["mrope"], sense, torch.float32, tmp_path)
+    pixels = normalised([view(0, 0)[0]])
+    with torch.no_grad():
+        doubled = sense.eye.features(pixels)
+        model.model.visual.merger.ln_q.weight.fill_(1.0)
+        torch.testing.assert_close(doubled, 2 * sense.eye.features(pixels))
+
+
 def test_a_language_model_starts_from_another_s(tmp_path):
     net = {"layer": torch.nn.Linear(4, 3)}
     theirs, mine = (add_lora_(torch.nn.ModuleDict(net), torch.Generator().manual_seed(i), rank=2) for i in (0, 1))
@@ -278,7 +299,9 @@ def test_training_runs_resumes_and_measures(tmp_path, monkeypatch):
     model, processor = _build("audio", None, tmp_path)
     got = measure("audio", model, processor, "sound_order", 3, blind=True)
     assert got["n"] >= 3 and got["interval"][0] <= got["accuracy"] <= got["interval"][1]
+    (tmp_path / "run.json").write_text(json.dumps(record | {"resumed": False, "scale": 1.0}))  # as if it were whole
     card = {"measured": {"sound_order": {"accuracy": 0.9, "n": 5}}, "sha256": {"of": "the shipped parts"}}
+    card |= {"measure_seed": 0, "measure_dtype": "float32"}
     monkeypatch.setattr(measuring, "card_of", lambda name: card)
     monkeypatch.setattr(measuring, "card_file", lambda name: tmp_path / "card.json")
     measuring.main(["audio", str(tmp_path), "--again", "--threads", "1"])
@@ -287,13 +310,88 @@ def test_training_runs_resumes_and_measures(tmp_path, monkeypatch):
     assert noted["sha256"] == card["sha256"] and 5 <= again["n"] < 12 and noted["again"]["trained"]["name"] == "audio"
 
 
-@pytest.mark.parametrize("name", ["image", "mrope"])
-def test_a_whole_recipe_runs_from_nothing_in_half_precision(name, tmp_path):
+@pytest.mark.parametrize(("name", "blind"), [("image", False), ("mrope", False), ("video", False), ("image", True)])
+def test_a_whole_recipe_runs_in_half_precision(name, blind, tmp_path, monkeypatch):
     """All stages in one process, each a step: what the first leaves behind (its gradients) does not stop the last."""
-    main([name, "--scale", "0.002", "--see-steps", "1", "--steps", "1", "--dtype", "bfloat16", "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert record["see"]["steps"] == record["answer"]["steps"] == 1 and not record["resumed"]
-    _build(name, None, tmp_path)
+    monkeypatch.chdir(tmp_path)  # no runs there: what ships is the start
+    short = ["--scale", "0.002", "--see-steps", "1", "--steps", "1", "--dtype", "bfloat16", "--threads", "1"]
+    main([name, *short, "--out", "run", *(["--blind"] if blind else [])])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["answer"]["steps"] == 1 and record["blind"] == blind and not record["resumed"]
+    if name == "video":
+        assert record["start"] == "the trained parts of `image` are taken over (those that ship)"
+    elif not blind:
+        assert record["see"]["steps"] == 1 and "start" not in record
+    _build(name, None, tmp_path / "run")
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path, capsys, monkeypatch):
+    """What does not fit is told before anything of an earlier run is overwritten."""
+    monkeypatch.setattr(training, "train", lambda args, recipe, plan: (tmp_path / PLAN).write_text(json.dumps(plan)))
+    main(["mrope", "--out", str(tmp_path)])
+    main(["mrope", "--out", str(tmp_path), "--resume", "--steps", "9"])  # more steps of the last stage may be wished
+    (tmp_path / "lora.safetensors").write_bytes(b"precious")
+    for wrong, says in {
+        "mrope --resume --seed 1": "--resume must go on with seed 0",
+        "mrope --resume --scale 0.5": "with scale 1.0",
+        "mrope --resume --see-steps 9": "with see_steps 560",
+        "mrope --resume --blind": "with blind False",
+        "image --resume": "with name 'mrope'",
+        "mrope --steps 0": "must be an integer >= 1, got 0",
+        "mrope --start nowhere": "--start must be a folder with tower",
+        "mrope --device cuda": "--device must be cpu where there is no GPU",
+        "mrope --blind --start nowhere": "not for --blind",
+    }.items():
+        if "cuda" in wrong and torch.cuda.is_available():
+            continue
+        with pytest.raises(SystemExit):
+            main([*wrong.split(), "--out", str(tmp_path)])
+        assert says in capsys.readouterr().err
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"precious"
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path):
+    old = ["run.json", "log.jsonl", "measured-image.json", "see.state", "answer.json", "hear.safetensors", "lora.safetensors"]
+    for name in (*old, "notes.txt"):
+        (tmp_path / name).write_text("old")
+    _clear(tmp_path, str(tmp_path.resolve()))  # it starts from the parts that lie there
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["lora.safetensors", "notes.txt"]
+    _clear(tmp_path, None)
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_is_measured_as_what_it_is(tmp_path, capsys, monkeypatch):
+    for name, blind in (("sighted", False), ("blind", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"name": "mrope", "blind": blind, "resumed": False, "scale": 0.5}))
+    for wrong, says in {
+        "mrope blind sighted": "RUN must be a run of mrope without --blind, got one of mrope with it",
+        "image sighted blind": "RUN must be a run of image without --blind, got one of mrope",
+        "mrope nowhere blind": "RUN must be the folder of a finished run",
+        "image-single sighted": "image-single is not trained and takes no RUN",
+        "mrope sighted --again": "--again needs a RUN of the whole recipe in one call",
+    }.items():
+        name, *folders = (x if x.startswith("-") or i == 0 else str(tmp_path / x) for i, x in enumerate(wrong.split()))
+        with pytest.raises(SystemExit):
+            measuring.main([name, *folders])
+        assert says in capsys.readouterr().err
+
+
+def test_figures_of_other_parts_or_questions_are_measured_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(measuring, "_build", lambda *_: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(measuring, "measure", lambda *given: calls.append(given) or {"accuracy": len(calls)})
+    args = Namespace(name="mrope", seed=0, dtype="float32")
+    save_file({"w": torch.zeros(1)}, tmp_path / "lora.safetensors")
+
+    def again(**changes):
+        found = measuring._measured(Namespace(**vars(args) | changes), tmp_path, {"relations": 4})
+        assert list(found) == ["measured"]
+        return found["measured"]["relations"]["accuracy"]
+
+    assert [again(), again(), again(seed=1), again(dtype="bfloat16"), again(dtype="bfloat16")] == [1, 1, 2, 3, 3]
+    save_file({"w": torch.ones(1)}, tmp_path / "lora.safetensors")
+    assert again(dtype="bfloat16") == 4
 
 
 def test_a_stopped_training_is_saved_and_a_limit_in_minutes_becomes_a_number_of_steps(tmp_path, monkeypatch):
