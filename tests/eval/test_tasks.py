@@ -19,6 +19,7 @@ from mmcompress.eval.tasks import (
     create_task,
     photo_paths,
 )
+from mmcompress.eval.tasks.detail import paint
 from mmcompress.eval.tasks.draw import COLOURS, SIZES
 from mmcompress.eval.tasks.easy_vqa import _facts
 
@@ -118,6 +119,16 @@ def test_detail_shows_each_mark_whole_in_one_quarter_and_nothing_overlaps():
                 assert apart
 
 
+@pytest.mark.parametrize("size", [(512, 640), (384, 448)])
+def test_a_long_word_on_a_narrow_picture_stays_in_its_quarter(size):
+    widths = []
+    for seed in range(12):
+        (mark,) = paint(np.random.default_rng(seed), Image.new("RGB", size), [("word", ("money",))], [(60, 60)])
+        assert mark.box.right <= size[0] // 2 or size[0] // 2 <= mark.box.left < mark.box.right <= size[0]
+        widths.append(mark.box.right - mark.box.left)
+    assert max(widths) == size[0] // 2 - 8  # some had to be made smaller
+
+
 def test_detail_paints_what_it_says():
     """The evidence of "What colour is ...?" holds that colour, and the picture without its marks does not equal it."""
     seen = 0
@@ -171,6 +182,8 @@ def test_easy_vqa_facts():
     [
         (lambda: create_task("detial"), "did you mean 'detail'"),
         (lambda: Detail("huge"), "size must be one of"),
+        (lambda: create_task("detail", sise="small"), r"task detail does not take \['sise'\]"),
+        (lambda: create_task("detail:small", size="large"), "name its size once, got 'detail:small' and 'large'"),
         (lambda: SpokenDigits("all"), "speakers must be one of"),
         (lambda: Detail().samples("validation", 3), "split must be one of"),
         (lambda: EasyVQA().samples("test", 0), "n must be"),

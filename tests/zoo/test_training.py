@@ -482,6 +482,17 @@ def test_verify_takes_what_the_card_makes_likely(monkeypatch, capsys, right, n, 
         assert "card 0.990 [0.975, 0.998]" in problems[0]
 
 
+def test_verify_goes_on_behind_a_changed_part(monkeypatch, capsys):
+    card = {"sha256": {"lora.safetensors": "0" * 64}, "measured": {}}
+    monkeypatch.setattr(verify, "card_of", lambda name: card)
+    assert verify.main(["audio", "image"]) == 1
+    told = capsys.readouterr().err
+    assert "audio: lora.safetensors has the hash" in told and "image: lora.safetensors has the hash" in told
+    with pytest.raises(SystemExit):
+        verify.main(["imagine"])
+    assert "NAME must be one of asr, audio" in capsys.readouterr().err
+
+
 def test_a_guess_knows_the_most_frequent_answer_of_a_wording_and_of_a_topic():
     class Coins(Task):
         def scene(self, split, seed, index):

@@ -70,5 +70,10 @@ def create_task(name: str, **settings) -> Task:
     if colon:
         if not kind.setting:
             raise ValueError(f"task must be {base!r} without a colon, for it has no setting to name so, got {name!r}")
+        if kind.setting in settings:
+            raise ValueError(f"task must name its {kind.setting} once, got {name!r} and {settings[kind.setting]!r}")
         settings[kind.setting] = value
-    return kind(**settings)
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ValueError(f"task {base} does not take {sorted(settings)}: {error}") from error

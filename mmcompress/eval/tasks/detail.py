@@ -12,7 +12,19 @@ import numpy as np
 from PIL import Image
 
 from mmcompress.eval.tasks.base import SPLITS, Evidence, Mark, Question, Scene, Task, rng_of
-from mmcompress.eval.tasks.draw import COLOURS, DIGITS, PICTURES, SHAPES, SIZES, WORDS, background, photo_paths, place, tile_of
+from mmcompress.eval.tasks.draw import (
+    COLOURS,
+    DIGITS,
+    GAP,
+    PICTURES,
+    SHAPES,
+    SIZES,
+    WORDS,
+    background,
+    photo_paths,
+    place,
+    tile_of,
+)
 
 
 class Detail(Task):
@@ -61,6 +73,7 @@ def paint(
     marks: list[Mark] = []
     for (kind, words), height in zip(wanted, heights, strict=True):
         tile = tile_of(rng, kind, words, round(rng.uniform(*height) * max(picture.size) / 448))
+        tile.thumbnail((picture.width // 2 - 2 * GAP, picture.height // 2 - 2 * GAP))  # a long word on a narrow picture
         box = place(rng, tile.size, picture.size, [m.box for m in marks], 1000 if strict else 100)
         if box is not None:
             picture.paste(tile, box[:2], tile)

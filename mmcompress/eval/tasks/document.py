@@ -41,7 +41,7 @@ class Document(Task):
     """A page 448 wide and 448 to 576 high with a heading and four to six fields ("City: river", "Total: 42").
 
     Values are written 24 to 30 pixels high on a page of 448, no word across a middle line. A word or number that is written in
-    one font in the train split is written in another in the test split.
+    one font in the train split is written in another in the test split: of this task, others write all words in all fonts.
     """
 
     name = "document"

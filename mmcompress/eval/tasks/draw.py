@@ -31,6 +31,8 @@ COLOURS = {
 SIZES = {"small": (15, 20), "middle": (26, 34), "large": (46, 60)}  # height of a mark, pixels on a 448-pixel picture
 PICTURES = ((448, 448), (448, 448), (560, 560), (448, 384), (384, 448), (640, 512), (512, 640))  # width, height
 
+GAP = 4  # pixels that marks keep from one another, and from the edges of their quarter
+
 _PHOTOS = {  # PyPI content only; no photograph is in both splits
     "train": (
         *("skimage/astronaut.png", "skimage/coffee.png", "skimage/motorcycle_left.png", "skimage/rocket.jpg"),
@@ -69,7 +71,7 @@ def photo_paths(split: str, photos: str | Path | None = None) -> list[Path]:
         try:
             paths.append(Path(str(importlib.resources.files(module))) / folder / name)
         except ImportError as e:
-            raise ImportError(f"the task detail needs {distribution}'s photographs: pip install mmcompress[zoo]") from e
+            raise ImportError(f"this task needs {distribution}'s photographs: pip install mmcompress[zoo]") from e
     return paths
 
 
@@ -86,7 +88,7 @@ def font_of(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFon
     try:
         folder = Path(str(importlib.resources.files("matplotlib"))) / "mpl-data/fonts/ttf"
     except ImportError as e:
-        raise ImportError("the task detail needs matplotlib's fonts: pip install mmcompress[zoo]") from e
+        raise ImportError("this task needs matplotlib's fonts: pip install mmcompress[zoo]") from e
     return ImageFont.truetype(str(folder / f"{name}.ttf"), size)
 
 
@@ -155,14 +157,14 @@ def place(
     rng: np.random.Generator, tile: tuple[int, int], picture: tuple[int, int], taken: Iterable[Box], tries: int
 ) -> Box | None:
     """A free place inside one quarter of the picture, so that one crop of a 2x2 grid shows the whole mark; or None."""
-    gap, taken = 4, list(taken)
+    taken = list(taken)
     for _ in range(tries):
         left, top = (
-            int(rng.integers(2)) * (p // 2) + gap + int(rng.integers(max(p // 2 - t - 2 * gap, 1)))
+            int(rng.integers(2)) * (p // 2) + GAP + int(rng.integers(max(p // 2 - t - 2 * GAP, 1)))
             for p, t in zip(picture, tile, strict=True)
         )
         box = Box(left, top, left + tile[0], top + tile[1])
-        if not any(touch(box, b, gap) for b in taken):
+        if not any(touch(box, b, GAP) for b in taken):
             return box
     return None
 
