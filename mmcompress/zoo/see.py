@@ -10,7 +10,6 @@ thousands. Views are made without end.
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def teach(
     mean = words.float().mean(0)
     vector = {w: words[tokenizer(w, add_special_tokens=False).input_ids[0]].float() - mean for t in TABLES for w in t}
     boxes = token_boxes((SIDE, SIDE), None)
-    log, saved = (out / "log.jsonl").open("a"), time.time()
+    log = (out / "log.jsonl").open("a")
     stats: dict[str, list[float]] = {}
     line: dict[str, float] = {}
     make = lambda step: [view(seed + 1, step * BATCH + i) for i in range(BATCH)]  # noqa: E731
@@ -86,9 +85,7 @@ def teach(
                     log.flush()
                     bar.set_postfix_str(" ".join(f"{k}={v}" for k, v in line.items()))
                     stats = {}
-                if time.time() - saved > 180:
-                    state.save(step)
-                    saved = time.time()
+                state.keep(step)
         finally:
             state.save(step)
             bar.close()

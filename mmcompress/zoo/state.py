@@ -25,10 +25,16 @@ class State:
     def __init__(self, path: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.path, self.parameters, self.optimizer = path, parameters, optimizer
         self.before, self.began = 0.0, time.process_time()
+        self.saved = time.time()
 
     @property
     def cpu_minutes(self) -> float:
         return round(self.before + (time.process_time() - self.began) / 60, 1)
+
+    def keep(self, step: int, seconds: float = 180) -> None:
+        """`save` where the last time is that long ago."""
+        if time.time() - self.saved > seconds:
+            self.save(step)
 
     def save(self, step: int) -> None:
         tensors = {f"p{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
@@ -40,6 +46,7 @@ class State:
         os.replace(part, self.path.with_suffix(".state"))
         part.write_text(json.dumps({"step": step, "cpu_minutes": self.cpu_minutes}))
         os.replace(part, self.path.with_suffix(".json"))
+        self.saved = time.time()
 
     def load(self) -> int:
         """Steps done, 0 if nothing was saved."""

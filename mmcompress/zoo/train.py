@@ -290,7 +290,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
     if args.minutes is not None:
         steps = max(steps, done + 2 * PACE + 1)  # until the pace is known
     reader = Reader(senses[0])
-    log, saved = (args.out / "log.jsonl").open("a"), time.time()
+    log = (args.out / "log.jsonl").open("a")
     stats: dict[str, list] = {}
 
     def made(step: int, steps: int) -> tuple[Packed, list[str]]:
@@ -328,9 +328,7 @@ def _answer(args, recipe: Recipe, senses: list[Sense], scenes: list[list[Seen]],
                     log.write(json.dumps({"stage": "answer", "step": step, **line}) + "\n")
                     log.flush()
                     report["answer"], stats = {"steps": steps, "cpu_minutes": state.cpu_minutes, **line}, {}
-                if time.time() - saved > 180:
-                    state.save(step)
-                    saved = time.time()
+                state.keep(step)
         finally:
             state.save(step)
             bar.close()
