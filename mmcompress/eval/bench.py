@@ -424,11 +424,9 @@ def blind_accuracy(model: str, task: str) -> float | None:
     name = model.removeprefix("zoo:")
     if name not in zoo.list_models():
         return None
-    folder = zoo.parts_dir(name)  # two models may share one
-    path = folder / ("card.json" if name == folder.name else f"card-{name}.json")
-    if not path.is_file():
+    if not zoo.card_file(name).is_file():
         return None
-    blind = json.loads(path.read_text(encoding="utf-8")).get("blind", {})
+    blind = zoo.card_of(name).get("blind", {})
     base, _, size = task.partition(":")
     names = [n for n in (task, base) if n in blind][:1]
     if not names and size in ("", "mixed"):

@@ -143,7 +143,7 @@ def page(name: str, card: dict[str, Any]) -> str:
                 f"**Tokens.** {about.tokens}",
                 *_training(name, card),
                 f"**Data.** {about.data}",
-                f"**Measured.** All tokens, greedy, {_scored(name, card)}; the interval is a bootstrap over items. "
+                f"**Measured.** All tokens, greedy, {_scored(card)}; the interval is a bootstrap over items. "
                 f"{_controls(name, card)}Weights in {card['measure_dtype']}; seed {card['measure_seed']}.",
                 markdown(head, rows),
                 f"**Limits.** {about.limits}",
@@ -155,7 +155,7 @@ def page(name: str, card: dict[str, Any]) -> str:
     )
 
 
-def _scored(name: str, card: dict[str, Any]) -> str:
+def _scored(card: dict[str, Any]) -> str:
     return "the answer must be exact" if "guess" in card else "by the task's own score"
 
 

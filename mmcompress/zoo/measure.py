@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from mmcompress.compressor import num_kept
 from mmcompress.eval.loop import bootstrap
-from mmcompress.eval.tasks import Task, create_task
+from mmcompress.eval.tasks import Scene, Task, create_task
 from mmcompress.zoo import _build, card_file, card_of, parts_dir
 from mmcompress.zoo.reader import Reader
 from mmcompress.zoo.recipes import RECIPES, TASKS, sense_of
@@ -46,16 +47,23 @@ def kept(seen: Seen, keep_ratio: float, rng: np.random.Generator, evidence: bool
     return torch.cat([chosen, newline.nonzero()[:, 0]]).sort().values
 
 
+def until(of: Task, split: str, n: int, seed: int) -> Iterator[Scene]:
+    """Scenes of a split until they hold n questions (fewer where it ends)."""
+    made = 0
+    for scene in of.scenes(split, n, seed):
+        yield scene
+        made += len(scene.questions)
+        if made >= n:
+            break
+
+
 def look(reader: Reader, task: Task, n: int, seed: int, split: str = "test", blind: bool = False) -> list[Seen]:
     """Items of a split as the model sees them, until they hold n questions."""
-    out, made = [], 0
+    out = []
     with torch.inference_mode(), tqdm(total=n, desc=f"look at {task.name}", mininterval=10, disable=blind) as bar:
-        for scene in task.scenes(split, n, seed):
+        for scene in until(task, split, n, seed):
             out.append(hidden(scene) if blind else reader.sense.see(scene))
-            made += len(scene.questions)
             bar.update(len(scene.questions))
-            if made >= n:
-                break
     return out
 
 
@@ -103,26 +111,18 @@ def guess(of: Task, n: int, seed: int, learned: int = 4000) -> dict:
     """`answer` for one who never sees the item, but knows of every question's wording (of its topic, where the wording is new)
     the answer that at least `learned` training questions (fewer where the split ends) give most often."""
     said: dict[str, Counter[str]] = {}
-    made = 0
-    for scene in of.scenes("train", learned, seed):
+    for scene in until(of, "train", learned, seed):
         for question in scene.questions:
             for key in (question.prompt, "topic " + question.topic):
                 said.setdefault(key, Counter())[question.answer] += 1
-        made += len(scene.questions)
-        if made >= learned:
-            break
     rows: list[list[bool]] = []
     topics: dict[str, list[bool]] = {}
-    asked = 0
-    for scene in of.scenes("test", n, seed):
+    for scene in until(of, "test", n, seed):
         rows.append([])
         for question in scene.questions:
             known = said.get(question.prompt) or said.get("topic " + question.topic) or Counter([""])
             rows[-1].append(known.most_common(1)[0][0] in question.answers)
             topics.setdefault(question.topic, []).append(rows[-1][-1])
-        asked += len(scene.questions)
-        if asked >= n:
-            break
     return summary(rows, seed, topics)
 
 

@@ -230,9 +230,7 @@ def _tower(args: argparse.Namespace, recipe: Recipe, sense: Any, dtype: torch.dt
         merge_lora(state, lora)
         eye.tower.load_state_dict({n.removeprefix(eye.tower_prefix): v for n, v in state.items()})
         save_file(lora, parts)
-        projector = load_file(start / "projector.safetensors")
-        for name, p in sense.trained.items():  # features of Qwen's tower end in a layer of it
-            p.data.copy_(projector[name])
+        _fill(sense, load_file(start / "projector.safetensors"))  # features of Qwen's tower end in a layer of it
         return {}
     eye.encoder.to(dtype)
     eye.projector.float()
@@ -249,10 +247,14 @@ def _heard(args: argparse.Namespace, recipe: Recipe, sense: Sense, scenes: list[
     if not projector.is_file():
         line.write_text(json.dumps(hear.teach(sense, scenes, recipe.hear, args.seed)))
         save_file({n: p.detach().contiguous() for n, p in sense.trained.items()}, projector)
-    tensors = load_file(projector)
+    _fill(sense, load_file(projector))
+    return json.loads(line.read_text())
+
+
+def _fill(sense: Sense, tensors: dict[str, Tensor]) -> None:
+    """The visual parameters that are trained, in place."""
     for name, p in sense.trained.items():
         p.data.copy_(tensors[name])
-    return json.loads(line.read_text())
 
 
 def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int) -> None:
@@ -262,8 +264,7 @@ def _take_over(parts: Path, sense: Any, layers: dict[str, LoRALinear], seed: int
     weight, bias = (f"{sense.eye.projector_prefix}{sense.eye.ends[0]}.{n}" for n in ("weight", "bias"))
     tensors[bias] = tensors[bias] + tensors[weight] @ sense.eye.mean
     tensors[weight] = tensors[weight] * sense.eye.std
-    for name, p in sense.trained.items():
-        p.data.copy_(tensors[name])
+    _fill(sense, tensors)
     _reads(layers, parts)
 
 
