@@ -44,8 +44,8 @@ def test_grouped_heads_cost_less():
 
 def test_totals_by_hand():
     ledger = Ledger(Decoder(4, 8, 16, 2, 1, 4))
-    ledger.samples.append(SampleCount(20, {0: 14, 2: 10}, [ItemCount("image", 12, 3, {0: 6, 2: 2})]))
-    ledger.samples.append(SampleCount(9, {}, [ItemCount("image", 4)]))
+    ledger.add([SampleCount(20, {0: 14, 2: 10}, [ItemCount("image", 12, 3, {0: 6, 2: 2})])])
+    ledger.add([SampleCount(9, {}, [ItemCount("image", 4)])])
     assert (ledger.tokens_in, ledger.tokens_kept, ledger.separators, ledger.sequence_in) == (16, 4 + 4, 3, 29)
     assert ledger.sequence_kept == (14 + 14 + 10 + 10) / 4 + 9
     assert ledger.kept_ratio == 8 / 16
