@@ -7,14 +7,16 @@ the closed form of the field, `4 n d e (Hq + Hk) + 6 n d m + 4 n² e Hq`, or `2n
 (GlobalCom², arXiv 2501.05179, tables 8-9).
 
 Matrices are linear maps (low-rank ones, adapters, routers and shared experts too), short convolutions, and of the experts the
-`top_k` that a token uses. Not counted: the causal half that a kernel may leave out, norms, softmax, rotary embeddings, biases,
-activations, the scan of a linear-attention or state-space layer, the mixing of parallel streams (Gemma 3n), embeddings, output
-head, encoder. `torch.utils.flop_counter` under plain SDPA counts the same numbers, but full squares under a window, the
-scan's and the streams' products, and the columns that a convolution pads. Kernels that it does not know it leaves out.
+`top_k` that a token uses (all of them in models that run all, such as Llama 4). Not counted: the causal half that a kernel may
+leave out, norms, softmax, rotary embeddings, biases, activations, the scan of a linear-attention or state-space layer
+(`LayerCost.scan` says that there is one), the mixing of parallel streams (Gemma 3n), embeddings, output head, encoder.
+`torch.utils.flop_counter` under plain SDPA counts the same numbers, but full squares under a window, the scan's and the
+streams' products, and the columns that a convolution pads; it leaves out what runs in kernels that it does not know.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,18 +28,22 @@ from torch import nn
 EXPERTS_USED = ("top_k", "num_experts_per_tok", "moe_top_k", "moe_topk", "top_k_experts", "experts_per_token")
 FUSED = ("qkv_proj", "query_key_value", "Wqkv")
 OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
-WITHOUT_SQUARES = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
+SCANS = ("linear_attention", "mamba", "recurrent")
+WITHOUT_SQUARES = (*SCANS, "conv", "moe", "mlp")
+OWN = ("sinks",)
+"""Parameters of an attention module itself that cost no product."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One decoder layer: FLOPs of a row in its matrices, FLOPs of a pair of query and key row, numbers cached per row, and how
-    many rows a row sees at most (None: all)."""
+    """One decoder layer: FLOPs of a row in its matrices, FLOPs of a pair of query and key row, numbers cached per row, how many
+    rows a row sees at most (None: all), and whether it also has a scan, which is not counted."""
 
     row: int
     pair: int
     cached: int
     window: int | None = None
+    scan: bool = False
 
     def flops(self, rows: int, past: int = 0) -> int:
         """FLOPs of a forward with `rows` new rows on a cache that holds `past`."""
@@ -82,15 +88,14 @@ class Decoder:
         Raises ValueError for a config that transformers makes no model from.
         """
         model = text if isinstance(text, nn.Module) else _without_memory(text)
-        config: Any = getattr(model, "config", None)
-        blocks = _blocks(model)
+        blocks, config = _blocks(model)
         costs: tuple[LayerCost, ...] = ()
         unknown = None if len(blocks) else f"{type(model).__name__} has no list of layers"
         try:
             costs = tuple(_cost(layer, i, config) for i, layer in enumerate(blocks))
         except NotUnderstood as error:
             unknown = str(error)
-        number = lambda *names: next((v for n in names if isinstance(v := getattr(config, n, None), int)), 0)  # noqa: E731
+        number = lambda *names: next((v for n in names if isinstance(v := _named(config, n), int)), 0)  # noqa: E731
         heads = number("num_attention_heads")
         return cls(
             layers=len(blocks) or number("num_hidden_layers"),
@@ -103,6 +108,11 @@ class Decoder:
             costs=costs,
             unknown=unknown,
         )
+
+    @property
+    def scans(self) -> int:
+        """Layers whose scan is not in the FLOPs."""
+        return sum(c.scan for c in self.costs)
 
     def flops(self, rows: Sequence[int], past: Sequence[int] = ()) -> int | None:
         """FLOPs of one prefill that sees rows[i] rows in layer i, on a cache that holds past[i] (none by default)."""
@@ -131,28 +141,44 @@ def _without_memory(config: Any) -> nn.Module:
         raise ValueError(f"text must be a transformers text model or its config, got {type(config).__name__}") from error
 
 
-def _blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers of a text model, or of what wraps it."""
+def _named(config: Any, name: str) -> Any:
+    """What a config says under a name; None where it says nothing, or refuses one value because its layers differ."""
+    try:
+        return getattr(config, name, None)
+    except ValueError:
+        return None
+
+
+def _blocks(model: nn.Module) -> tuple[Sequence[nn.Module], Any]:
+    """The decoder layers of a text model, or of what wraps it, and the config of the module that has them."""
     at: Any = model
     while at is not None:
         found = getattr(at, "layers", None)
         if isinstance(found, nn.ModuleList):
-            return found  # type: ignore[return-value]
+            return found, getattr(at, "config", None)  # type: ignore[return-value]
         names = ("model", "language_model", "text_model", "decoder")
         at = next((c for n in names if isinstance(c := getattr(at, n, None), nn.Module)), None)
-    return ()
+    return (), getattr(model, "config", None)
 
 
 def _cost(layer: nn.Module, i: int, config: Any) -> LayerCost:
     where = f"layer {i} ({type(layer).__name__})"
     pair, cached, window = _attention(layer, i, config, where)
-    return LayerCost(2 * sum(_matrices(layer, config, where)), pair, cached, window)
+    scan = _kind(config, i) in SCANS or any(n.endswith("A_log") for n, _ in layer.named_parameters())
+    return LayerCost(2 * sum(_matrices(layer, config, where)), pair, cached, window, scan)
+
+
+def _kind(config: Any, i: int) -> str | None:
+    """What the config calls layer i."""
+    types = _named(config, "layer_types") or _named(config, "layers_block_type")
+    return types[i] if types and i < len(types) else None
 
 
 def _is_linear(module: Any) -> bool:
     """A linear map, also a quantised one; what wraps another (an adapter) is none itself."""
     wide = lambda m: isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)  # noqa: E731
-    return wide(module) and not any(wide(m) for m in module.modules() if m is not module)
+    one = getattr(getattr(module, "weight", None), "ndim", 2) < 3  # three: a matrix for every expert
+    return one and wide(module) and not any(wide(m) for m in module.modules() if m is not module)
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
@@ -208,10 +234,12 @@ def _share(size: int, experts: int, name: str, layer: nn.Module, config: Any, wh
     """Multiply-adds of one row in `experts` equal matrices of `size` numbers together, of which it takes `top_k`."""
     parts = name.split(".")
     around = [layer.get_submodule(".".join(parts[:n])) for n in range(len(parts), 0, -1)]
+    if not isinstance(around[0], nn.ModuleList) and len(inspect.signature(around[0].forward).parameters) == 1:
+        return size  # told the rows alone, not which experts they go to: all experts read all rows
     beside = [child for module in around for child in (module, *module.children())]
     for holder in (*beside, config):
         for attribute in EXPERTS_USED:
-            used = getattr(holder, attribute, None)
+            used = _named(holder, attribute)
             if isinstance(used, int) and 0 < used <= experts:
                 return size // experts * used
     raise NotUnderstood(f"{where}: {name} holds {experts} matrices, and nothing says how many a row uses")
@@ -219,8 +247,7 @@ def _share(size: int, experts: int, name: str, layer: nn.Module, config: Any, wh
 
 def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, int, int | None]:
     """FLOPs per pair of rows, numbers cached per row, and the window of a layer's attention."""
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    kind = types[i] if types and i < len(types) else None
+    kind = _kind(config, i)
     if kind in WITHOUT_SQUARES:
         return 0, 0, None
     found = [
@@ -232,7 +259,10 @@ def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, 
     for name, child in attention.named_children():
         if not (_is_linear(child) or hasattr(child, "base_layer") or not list(child.parameters()) or "orm" in name):
             raise NotUnderstood(f"{at} holds {name} ({type(child).__name__})")
-    keys = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    for name, _ in attention.named_parameters(recurse=False):
+        if name not in OWN:
+            raise NotUnderstood(f"{at} holds {name}")
+    keys = next((v for n in ("qk_head_dim", "head_dim", "head_size") if (v := getattr(attention, n, None)) is not None), None)
     values = getattr(attention, "v_head_dim", None) or keys
     if not isinstance(keys, int) or not isinstance(values, int):
         raise NotUnderstood(f"{at} names no head width")
@@ -258,10 +288,8 @@ def _first(module: nn.Module, names: Sequence[str]) -> Any:
 def _window(attention: nn.Module, kind: str | None, config: Any) -> int | None:
     """How many rows a row of this layer sees at most."""
     if kind == "chunked_attention":
-        return getattr(config, "attention_chunk_size", None)
+        return _named(config, "attention_chunk_size")
     if kind is not None and kind != "sliding_attention":
         return None
-    for holder in (attention, config):
-        if hasattr(holder, "sliding_window"):
-            return holder.sliding_window if isinstance(holder.sliding_window, int) else None
-    return None
+    window = attention.sliding_window if hasattr(attention, "sliding_window") else _named(config, "sliding_window")
+    return window if isinstance(window, int) else None

@@ -271,6 +271,8 @@ class Ledger:
             if t["flops"] is None
             else f"prefill {t['flops_in'] / 1e9:.1f} → {t['flops'] / 1e9:.1f} GFLOP (−{less:.0f} %)",
         ]
+        if t["flops"] is not None and self.decoder.scans:
+            parts[-1] += f" without the scans of {self.decoder.scans} layers"
         if t["prefills"] > 1:
             parts.append(f"{t['prefills']} samples")
         with self._lock:
