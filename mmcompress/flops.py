@@ -37,17 +37,20 @@ OWN = ("sinks",)
 @dataclass(frozen=True)
 class LayerCost:
     """One decoder layer: FLOPs of a row in its matrices, FLOPs of a pair of query and key row, numbers cached per row, how many
-    rows a row sees at most (None: all), and whether it also has a scan, which is not counted."""
+    rows a row sees at most (None: all), FLOPs that every row of the cache costs again in each forward (latent attention makes
+    its keys and values anew), and whether the layer also has a scan, which is not counted."""
 
     row: int
     pair: int
     cached: int
     window: int | None = None
+    again: int = 0
     scan: bool = False
 
     def flops(self, rows: int, past: int = 0) -> int:
         """FLOPs of a forward with `rows` new rows on a cache that holds `past`."""
-        return rows * (self.row + self.pair * min(rows + past, self.window or rows + past))
+        seen = min(rows + past, self.window or rows + past)
+        return rows * (self.row + self.pair * seen) + past * self.again
 
     def held(self, rows: int) -> int:
         """Numbers that a growing cache holds after `rows` rows; behind a window of w only w - 1, the next one is the last."""
@@ -145,7 +148,7 @@ def _named(config: Any, name: str) -> Any:
     """What a config says under a name; None where it says nothing, or refuses one value because its layers differ."""
     try:
         return getattr(config, name, None)
-    except ValueError:
+    except (ValueError, RuntimeError):
         return None
 
 
@@ -163,9 +166,9 @@ def _blocks(model: nn.Module) -> tuple[Sequence[nn.Module], Any]:
 
 def _cost(layer: nn.Module, i: int, config: Any) -> LayerCost:
     where = f"layer {i} ({type(layer).__name__})"
-    pair, cached, window = _attention(layer, i, config, where)
+    pair, cached, window, again = _attention(layer, i, config, where)
     scan = _kind(config, i) in SCANS or any(n.endswith("A_log") for n, _ in layer.named_parameters())
-    return LayerCost(2 * sum(_matrices(layer, config, where)), pair, cached, window, scan)
+    return LayerCost(2 * sum(_matrices(layer, config, where)), pair, cached, window, again, scan)
 
 
 def _kind(config: Any, i: int) -> str | None:
@@ -245,11 +248,11 @@ def _share(size: int, experts: int, name: str, layer: nn.Module, config: Any, wh
     raise NotUnderstood(f"{where}: {name} holds {experts} matrices, and nothing says how many a row uses")
 
 
-def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, int, int | None]:
-    """FLOPs per pair of rows, numbers cached per row, and the window of a layer's attention."""
+def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, int, int | None, int]:
+    """FLOPs per pair of rows, numbers cached per row, window, and FLOPs per cached row of a layer's attention."""
     kind = _kind(config, i)
     if kind in WITHOUT_SQUARES:
-        return 0, 0, None
+        return 0, 0, None, 0
     found = [
         (m, o) for m in layer.modules() if (o := _first(m, OUTPUTS)) is not None and _first(m, ("q_proj", "q_b_proj", *FUSED))
     ]
@@ -276,7 +279,11 @@ def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, 
         raise NotUnderstood(f"{at}: widths {queries} and {output.in_features} do not fit heads of {keys} and {values}")
     makes_keys = any(_first(attention, (n,)) is not None for n in ("k_proj", "kv_b_proj", *FUSED))
     cached = 0 if getattr(attention, "is_kv_shared_layer", False) or not makes_keys else kv_heads * (keys + values)
-    return 2 * heads * (keys + values), cached, _window(attention, kind, config)
+    again = 0
+    if hasattr(attention, "expand_kv"):  # the cache holds latents
+        expand = attention.kv_b_proj
+        cached, again = expand.in_features + attention.qk_rope_head_dim, 2 * expand.in_features * expand.out_features
+    return 2 * heads * (keys + values), cached, _window(attention, kind, config), again
 
 
 def _first(module: nn.Module, names: Sequence[str]) -> Any:
