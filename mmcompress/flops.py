@@ -281,8 +281,9 @@ def _attention(layer: nn.Module, i: int, config: Any, where: str) -> tuple[int, 
     cached = 0 if getattr(attention, "is_kv_shared_layer", False) or not makes_keys else kv_heads * (keys + values)
     again = 0
     if hasattr(attention, "expand_kv"):  # the cache holds latents
-        expand = attention.kv_b_proj
-        cached, again = expand.in_features + attention.qk_rope_head_dim, 2 * expand.in_features * expand.out_features
+        latent: Any = attention
+        rank, out = latent.kv_b_proj.in_features, latent.kv_b_proj.out_features
+        cached, again = rank + latent.qk_rope_head_dim, 2 * rank * out
     return 2 * heads * (keys + values), cached, _window(attention, kind, config), again
 
 

@@ -43,6 +43,7 @@ MODELS = {
     "lfm2": DENSE | {"layer_types": ["conv", "full_attention"] * 2},
     "gemma3n_text": DENSE | HEADS | STREAMS | {"layer_types": MIXED, "intermediate_size": [96, 96, 128, 128]},
 }
+EAGER = ("gemma2", "gpt_oss")
 NOT_OURS = {  # what the counter counts besides: padded columns of a convolution; the mixing of four streams and its router
     "lfm2": lambda n: 2 * (2 * D * 3 * 2),
     "gemma3n_text": lambda n: 4 * n * (2 * 4 * D + 2 * 4 * 4 * D),
@@ -58,7 +59,7 @@ def build(name, window=64, **more):
         if getattr(config, attribute, None):
             setattr(config, attribute, window)
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(config, attn_implementation="eager" if name == "gpt_oss" else "sdpa").eval()
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager" if name in EAGER else "sdpa").eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
