@@ -8,7 +8,7 @@ from mmcompress.registry import register
 
 @register
 class NoCompression(Compressor):
-    """Change nothing, whatever keep_ratio says."""
+    """Change nothing."""
 
     name = "none"
     has_ratio: ClassVar[bool] = False

@@ -23,7 +23,7 @@ from mmcompress.tokens import Reduction, Tokens, keep_where
 class RelevanceDrop(Compressor):
     """Drop a sample's visual tokens before a decoder layer if both attention shares between text and picture are small.
 
-    threshold: the share below which a direction counts as irrelevant, in [0, 1]; 0 never drops. keep_ratio has no effect.
+    threshold: the share below which a direction counts as irrelevant, in [0, 1]; 0 never drops.
     layer: the decoder layer it stands before, at least 1; 7/8 of the depth by default.
     """
 

@@ -87,12 +87,14 @@ class VqHash(Compressor):
         for name in ("adaptive", "reseed_empty", "mapper"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.keep_ratio not in (1, type(self).keep_ratio) and (self.adaptive or self.num_codes is not None):
-            raise ValueError(f"keep_ratio counts only with num_codes=None and adaptive=False, got keep_ratio={self.keep_ratio}")
         if self.mode == "official" and (self.mapper or self.reseed_empty):
             raise ValueError("mode 'official' must have mapper and reseed_empty False, got True")
         if self.mapper and (self.width is None or self.width % self.num_heads):
             raise ValueError(f"width must be D of the tokens, a multiple of num_heads = {self.num_heads}, got {self.width}")
+
+    def check_keep_ratio(self) -> None:
+        if self.keep_ratio not in (1, type(self).keep_ratio) and (self.adaptive or self.num_codes is not None):
+            raise ValueError(f"keep_ratio counts only with num_codes=None and adaptive=False, got keep_ratio={self.keep_ratio}")
 
     def setup(self) -> None:
         if self.mapper and self.width is not None:

@@ -83,7 +83,10 @@ def test_samples_decide_for_themselves():
 def test_placement():
     method = create("relevance_drop")
     assert (method.placement, method.layer, method.reads) == ("layer", 7 / 8, ("relevance",))
-    assert create("relevance_drop", threshold=0).is_identity and not create("relevance_drop", keep_ratio=1).is_identity
+    assert create("relevance_drop", threshold=0).is_identity and create("relevance_drop", threshold=0, keep_ratio=1).is_identity
+    for ratio in (0.1, 1):  # at 1 it would be no identity
+        with pytest.raises(ValueError, match=f"keep_ratio has no effect on relevance_drop and must be left out, got {ratio}"):
+            create("relevance_drop", keep_ratio=ratio)
     for layer in (None, 0):
         with pytest.raises(ValueError, match=rf"layer of relevance_drop must be .* got {layer}"):
             create("relevance_drop", layer=layer)
