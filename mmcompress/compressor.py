@@ -141,6 +141,8 @@ class Compressor(nn.Module):
     """The fields at which the method changes nothing, bit for bit."""
     kinds: ClassVar[tuple[str, ...]] = ("image", "video", "audio")
     """Items that the method compresses; those of other kinds pass untouched."""
+    swaps_places: ClassVar[bool] = False
+    """True for a method whose outputs may stand at each other's anchors, else assignment[anchor[j]] = j."""
 
     keep_ratio: float = 0.25
     layer: int | float | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from mmcompress import ops
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,60 @@ def merge(tokens: Tokens, assignment: Tensor, anchor: Tensor) -> Reduction:
     Sums run in float32 and are rounded once to the input's dtype. An output that nothing was assigned to is a
     ValueError of the method's making: it stays 0.
     """
-    B, K = anchor.shape
+    K = anchor.shape[1]
+    if tokens.x.is_cuda:  # scatter_add adds in no fixed order there
+        x, size = ops.merge(tokens.x, assignment, K, tokens.size, check_finite=False)
+        return Reduction(x, anchor, assignment, size.to(tokens.size.dtype))
     weight = torch.where(assignment >= 0, tokens.size, 0)
     slot = assignment.clamp(min=0)
-    size = torch.zeros(B, K, device=weight.device, dtype=weight.dtype).scatter_add(1, slot, weight)
-    total = torch.zeros(B, K, tokens.x.shape[-1], device=weight.device, dtype=torch.float32)
-    total = total.scatter_add(1, slot[..., None].expand_as(tokens.x), tokens.x.float() * weight[..., None])
+    size = ops.sum_into(weight, slot, K)
+    total = ops.sum_into(tokens.x.float() * weight[..., None], slot, K)
     x = total / size.clamp(min=torch.finfo(size.dtype).tiny)[..., None]
     return Reduction(x.to(tokens.x.dtype), anchor, assignment, size)
+
+
+FAULTS = (
+    "mask must have its real outputs first",
+    "anchors must be columns 0…{last} of the item",
+    "anchors must ascend without repeats",
+    "assignment must hold the number of a real output, or -1",
+    "every anchor must be assigned to its own output",
+    "x must be finite where the tokens were",
+)
+
+
+def fault(out: Reduction, given: Sequence[Tensor], swaps_places: bool = False) -> str | None:
+    """What is wrong with a reduction of the items `given` (x [N, D] each), in a sentence with the value, or None.
+
+    Looks at real outputs only. `swaps_places`: an output may stand at another output's anchor. One host read where all is
+    right. Expects fitting shapes: x [B, K, D], anchor [B, K], assignment [B, N].
+    """
+    anchor, assignment = out.anchor, out.assignment
+    K, N = anchor.shape[1], assignment.shape[1]
+    real = torch.ones_like(anchor, dtype=torch.bool) if out.mask is None else out.mask.bool()
+    count = real.sum(1, keepdim=True)
+    at = assignment.gather(1, anchor.clamp(0, max(N - 1, 0)))
+    if swaps_places:
+        at = at.masked_fill(~real, N).sort(dim=1).values
+    bad = (
+        real[:, 1:] & ~real[:, :-1],
+        real & ((anchor < 0) | (anchor >= N)),
+        real[:, 1:] & (anchor[:, 1:] <= anchor[:, :-1]),
+        (assignment < -1) | (assignment >= count),
+        real & (at != torch.arange(K, device=at.device)),
+        real & ~out.x.isfinite().all(-1),
+    )
+    for which, found in enumerate(torch.stack([b.any() for b in bad]).tolist()):
+        items = bad[which].any(1).nonzero()[:, 0].tolist() if found else []
+        if which == len(FAULTS) - 1:
+            items = [i for i in items if bool(given[i].isfinite().all())]
+        if items:
+            i = items[0]
+            shown = {0: real, 3: assignment}.get(which, anchor)[i].tolist()
+            if which == 4:
+                shown = [assignment[i, a].item() for a in shown[: int(count[i])]]
+            if which == 5:
+                shown = out.x[i, bad[5][i]][0].tolist()
+            text = f"[{', '.join(map(str, shown[:16]))}{', …' if len(shown) > 16 else ''}]"
+            return f"{FAULTS[which].format(last=N - 1)}; got {text} in item {i}"
+    return None

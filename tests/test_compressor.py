@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmcompress import Scorer, create, list_methods, num_kept
+from mmcompress import Scorer, Selector, create, list_methods, num_kept
 from mmcompress.compressor import CacheCompressor, Chain, Compressor, TowerCompressor, from_config, layer_index, plain
 from mmcompress.registry import field_names, get_method
-from mmcompress.tokens import Tokens
+from mmcompress.testing import tiny_inputs, tiny_model
+from mmcompress.tokens import Reduction, Tokens, fault, keep
 
 CLASSES = [name for name in list_methods() if isinstance(get_method(name), type)]
 
@@ -396,3 +397,112 @@ def test_nan_scores_do_not_win(dtype):
         method(Tokens.of(x.to(dtype)))
     with pytest.raises(ValueError, match="score must not be NaN"):
         torch.compile(method.forward, backend="aot_eager")(Tokens.of(x.to(dtype)))
+
+
+# reductions
+
+
+def reduction(**changes):
+    """Tokens 1, 3, 4 of 6 stay; 0 and 2 join their neighbours, 5 is dropped."""
+    anchor, assignment = torch.tensor([[1, 3, 4]] * 2), torch.tensor([[0, 0, 1, 1, 2, -1]] * 2)
+    out = {"x": torch.ones(2, 3, 2), "anchor": anchor, "assignment": assignment, "size": torch.ones(2, 3), **changes}
+    return Reduction(**out)
+
+
+def second(**changes):
+    """The same, with something else in item 1 alone."""
+    out = reduction()
+    return reduction(**{k: torch.stack([getattr(out, k)[0], torch.tensor(v)]) for k, v in changes.items()})
+
+
+GIVEN = torch.ones(2, 6, 2)
+FAULTY = {
+    "twice": (second(anchor=[1, 1, 4]), "anchors must ascend without repeats; got [1, 1, 4] in item 1"),
+    "falling": (second(anchor=[3, 1, 4]), "anchors must ascend without repeats; got [3, 1, 4] in item 1"),
+    "outside": (second(anchor=[1, 3, 6]), "anchors must be columns 0…5 of the item; got [1, 3, 6] in item 1"),
+    "negative": (second(anchor=[-1, 3, 4]), "anchors must be columns 0…5 of the item; got [-1, 3, 4] in item 1"),
+    "no such output": (
+        second(assignment=[0, 0, 1, 1, 2, 3]),
+        "assignment must hold the number of a real output, or -1; got [0, 0, 1, 1, 2, 3] in item 1",
+    ),
+    "below -1": (
+        second(assignment=[0, 0, 1, 1, 2, -2]),
+        "assignment must hold the number of a real output, or -1; got [0, 0, 1, 1, 2, -2] in item 1",
+    ),
+    "not its own": (
+        second(assignment=[0, 1, 1, 0, 2, -1]),
+        "every anchor must be assigned to its own output; got [1, 0, 2] in item 1",
+    ),
+    "dropped anchor": (
+        second(assignment=[0, -1, 1, 1, 2, -1]),
+        "every anchor must be assigned to its own output; got [-1, 1, 2] in item 1",
+    ),
+    "NaN": (
+        second(x=[[1.0, 1], [torch.nan, 2], [1, 1]]),
+        "x must be finite where the tokens were; got [nan, 2.0] in item 1",
+    ),
+    "infinity": (
+        second(x=[[1.0, torch.inf], [1, 2], [1, 1]]),
+        "x must be finite where the tokens were; got [1.0, inf] in item 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_faults_of_a_reduction(case):
+    out, said = FAULTY[case]
+    assert fault(out, list(GIVEN)) == said
+
+
+def test_no_fault():
+    assert fault(reduction(), list(GIVEN)) is None
+    assert fault(keep(Tokens.of(GIVEN), torch.zeros(2, 0, dtype=torch.long)), list(GIVEN)) is None
+    swapped = second(assignment=[0, 1, 1, 0, 2, -1])
+    assert fault(swapped, list(GIVEN), swaps_places=True) is None
+    assert fault(second(assignment=[0, 1, 1, 1, 2, -1]), list(GIVEN), swaps_places=True) is not None
+    given = GIVEN.clone()
+    given[1, 0] = torch.nan  # what came in with NaN may go out with it
+    assert fault(FAULTY["NaN"][0], list(given)) is None
+
+
+def test_only_real_outputs_count():
+    mask = torch.tensor([[True] * 3, [True, True, False]])
+    out = reduction(mask=mask, anchor=torch.tensor([[1, 3, 4], [1, 3, 3]]), x=torch.ones(2, 3, 2))
+    out.x[1, 2] = torch.nan
+    out.assignment[1, 4] = -1
+    assert fault(out, list(GIVEN)) is None
+    out.assignment[1, 4] = 2
+    assert (
+        fault(out, list(GIVEN)) == "assignment must hold the number of a real output, or -1; got [0, 0, 1, 1, 2, -1] in item 1"
+    )
+    mask = torch.tensor([[True] * 3, [True, False, True]])
+    assert (
+        fault(reduction(mask=mask), list(GIVEN)) == "mask must have its real outputs first; got [True, False, True] in item 1"
+    )
+
+
+def test_a_model_refuses_a_malformed_reduction():
+    class Twice(Selector):
+        def select(self, tokens, K):
+            return torch.zeros(len(tokens.x), K, dtype=torch.long)
+
+    class Lost(Compressor):
+        def compress(self, tokens):
+            out = keep(tokens, tokens.group[:, :2] * 0 + torch.arange(2))
+            return Reduction(out.x / 0, out.anchor, out.assignment, out.size)
+
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", batch_size=1)
+    with (
+        pytest.raises(ValueError, match=r"Twice returned a malformed reduction: anchors must ascend .*; got \[0, 0,"),
+        Twice(keep_ratio=0.5)(model),
+    ):
+        model(**inputs)
+    with (
+        pytest.raises(ValueError, match=r"Lost returned a malformed reduction: x must be finite where the tokens were; got"),
+        Lost(keep_ratio=0.5, layer=2)(model),
+    ):
+        model(**inputs)
+    official = create("position_merge", mode="official", num_positions=2)
+    with official(model) as run:  # stands at others' anchors on purpose
+        model(**inputs)
+    assert run.items

@@ -15,7 +15,7 @@ from mmcompress import Compressor, create, list_methods, num_kept
 from mmcompress.compressor import from_config
 from mmcompress.registry import get_method
 from mmcompress.testing import devices
-from mmcompress.tokens import Layout, Reduction, Tokens
+from mmcompress.tokens import Layout, Reduction, Tokens, fault
 
 METHODS = list_methods()
 WITH_RATIO = [m for m in METHODS if getattr(get_method(m), "has_ratio", False)]
@@ -94,6 +94,7 @@ def valid(tokens: Tokens, out: Reduction):
             0, assignment.clamp(min=0)[assignment >= 0], tokens.size[i][assignment >= 0]
         )
         torch.testing.assert_close(out.size[i][keep].cpu(), held.cpu())
+    assert fault(out, list(tokens.x)) is None, "what a model's seam refuses"
 
 
 @pytest.fixture(params=METHODS)

@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from mmcompress import ops
 from mmcompress.compressor import Selector
 from mmcompress.tokens import Reduction, Tokens, keep
 
@@ -57,10 +58,9 @@ class Diversity(Selector):
                 raise ValueError(f"cls_logits must have shape [B, N] = {[B, N]}, got {list(logits.shape)}")
             outside = tokens.group != 0 if tokens.layout.crops else torch.zeros_like(tokens.group, dtype=torch.bool)
             return logits.masked_fill(outside, -torch.inf).argmax(1)
+        if self.first == "maxmin":
+            return ops.neighbors(tokens.x, 1)[0][..., 0].argmin(1) if N > 1 else 0
         x = tokens.x.detach().float()
         norm = 1 / x.norm(dim=-1).clamp(min=1e-12)
-        if self.first == "maxmin":
-            near = [((a @ a.T) * n[:, None] * n).fill_diagonal_(-torch.inf).amax(1) for a, n in zip(x, norm, strict=True)]
-            return torch.stack(near).argmin(1)
         cosine = (x @ x.mean(1)[..., None]).squeeze(-1) * norm  # the mean's own norm changes no order
         return cosine.argmin(1) if self.first == "farthest" else cosine.argmax(1)

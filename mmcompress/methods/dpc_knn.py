@@ -62,8 +62,8 @@ class DpcKnn(Merger):
         size = weight = tokens.size
         if self.weights == "norm":
             weight = size * tokens.x.detach().float().norm(dim=-1)
-            total = weight.new_zeros(anchor.shape).scatter_add(1, assignment, weight)
+            total = ops.sum_into(weight, assignment, K)
             weight = torch.where(total.gather(1, assignment) > 0, weight, size)  # a cluster of zero tokens: their plain mean
         out = merge(replace(tokens, size=weight), assignment, anchor)
         x = out.x * (out.size / (out.size + 1e-6)).to(out.x.dtype)[..., None]  # the released denominator
-        return replace(out, x=x, size=size.new_zeros(anchor.shape).scatter_add(1, assignment, size))
+        return replace(out, x=x, size=ops.sum_into(size, assignment, K))

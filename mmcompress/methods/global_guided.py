@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmcompress.compressor import Compressor
+from mmcompress.ops import sum_into
 from mmcompress.ops.apportion import apportion, top_per_group
 from mmcompress.registry import register
-from mmcompress.tokens import Layout, Reduction, Tokens, keep_where
+from mmcompress.tokens import Layout, Reduction, Tokens, gather, keep_where
 
 READS = {"cls": "cls_logits", "centroid": "tower", "auto": "cls_logits|tower"}
 
@@ -143,7 +144,7 @@ def crop_ratios(thumbnail: Tensor, crops: tuple[int, int], temperature: float, k
     row = (patch // max(side // rows, 1)).clamp(max=rows - 1)
     column = (patch // max(side // columns, 1)).clamp(max=columns - 1)
     cell = (row[:, None] * columns + column).flatten().expand(thumbnail.shape)
-    total = thumbnail.new_zeros(len(thumbnail), rows * columns, dtype=torch.float64).scatter_add(1, cell, thumbnail.double())
+    total = sum_into(thumbnail.double(), cell, rows * columns)
     share = ((total - total.amax(1, keepdim=True)) / temperature).exp()
     share = share / (share.sum(1, keepdim=True) + 1e-8)
     return keep_ratio * (1 + share - share.mean(1, keepdim=True))
@@ -159,7 +160,7 @@ def crop_scores(thumbnail: Tensor, own: Tensor, crop: Tensor, layout: Layout, al
 
     def unit(values: Tensor) -> Tensor:
         num_crops = layout.crops[0] * layout.crops[1]  # type: ignore[index]
-        square = values.new_zeros(len(values), num_crops).scatter_add(1, crop, values.square())
+        square = sum_into(values.square(), crop, num_crops)
         return values / square.sqrt().clamp(min=1e-12).gather(1, crop)
 
     return alpha * unit(shown) + (1 - alpha) * unit(own)
@@ -167,9 +168,8 @@ def crop_scores(thumbnail: Tensor, own: Tensor, crop: Tensor, layout: Layout, al
 
 def centroid_scores(features: Tensor, group: Tensor, num_views: int) -> Tensor:
     """−cosine of each tower feature [B, N, D] to the mean of its view, [B, N]."""
-    index = group[..., None].expand_as(features)
-    total = features.new_zeros(len(features), num_views, features.shape[-1]).scatter_add(1, index, features)
-    return -torch.cosine_similarity(features, total.gather(1, index), dim=-1, eps=1e-12)  # a sum points where its mean does
+    total = sum_into(features, group, num_views)
+    return -torch.cosine_similarity(features, gather(total, group), dim=-1, eps=1e-12)  # a sum points where its mean does
 
 
 def official_emission(kept: list[list[int]], crops: tuple[int, int], side: int, box: tuple[int, int, int, int]) -> list[int]:

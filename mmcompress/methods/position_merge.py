@@ -14,6 +14,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from mmcompress import ops
 from mmcompress.compressor import Compressor, Merger
 from mmcompress.registry import create, get_method, list_methods, register
 from mmcompress.tokens import Reduction, Tokens, gather
@@ -93,6 +94,10 @@ class PositionMerge(Compressor):
     def is_identity(self) -> bool:
         return self.base.is_identity
 
+    @property
+    def swaps_places(self) -> bool:  # type: ignore[override]
+        return self.mode == "official"
+
     def num_kept(self, num_tokens: int) -> int:
         return self.base.num_kept(num_tokens)
 
@@ -162,7 +167,7 @@ class PositionMerge(Compressor):
     def _placed(self, tokens: Tokens, base: Compressor, out: Reduction, positions: Tensor, num: Tensor) -> Reduction:
         """The reduction with these positions, and sizes that count the tokens' own."""
         joined, slot = out.assignment >= 0, out.assignment.clamp(min=0)
-        size = torch.zeros_like(out.size).scatter_add(1, slot, torch.where(joined, tokens.size, 0))
+        size = ops.sum_into(torch.where(joined, tokens.size, 0), slot, out.num_kept).to(out.size.dtype)
         out = replace(out, size=size, positions=positions, num_positions=num)
         if self.mode == "official" and tokens.num_tokens > out.num_kept:
             return by_score(out, base.peaks(tokens, out.num_kept).center)  # type: ignore[operator]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import ItemCount
 from mmcompress.models.generic import ItemSpec
-from mmcompress.tokens import Layout, Reduction, Tokens
+from mmcompress.tokens import Layout, Reduction, Tokens, fault
 
 
 @dataclass
@@ -127,6 +127,10 @@ def check(stage: Compressor, result: Reduction, bucket: list[Item]) -> Reduction
             f"{name} returned x {tuple(result.x.shape)}, anchor {(B, K)}, assignment {tuple(result.assignment.shape)} "
             f"for {len(bucket)} items of {n} tokens"
         )
+    if result.mask is not None and tuple(result.mask.shape) != (B, K):
+        raise ValueError(f"{name} must return a mask [B, K] = {[B, K]}, got {list(result.mask.shape)}")
+    if said := fault(result, [item.x for item in bucket], stage.swaps_places):  # type: ignore[misc]
+        raise ValueError(f"{name} returned a malformed reduction: {said}")
     if result.positions is not None:
         if "positions" not in bucket[0].signals:
             raise ValueError(f"{name} must read the signal 'positions' to return positions, it reads {list(stage.reads)}")

@@ -10,7 +10,7 @@ from mmcompress.ops.cluster import KMeans, kmeans
 from mmcompress.ops.core import require, set_cpu_level, status
 from mmcompress.ops.density import DensityPeaks, density_peaks
 from mmcompress.ops.greedy import k_center, max_sum
-from mmcompress.ops.merging import merge
+from mmcompress.ops.merging import merge, sum_into
 from mmcompress.ops.neighbor import neighbors
 from mmcompress.ops.rows import Kept, top_keep
 from mmcompress.ops.similarity import Match, bipartite_match, nearest
@@ -33,5 +33,6 @@ __all__ = [
     "require",
     "set_cpu_level",
     "status",
+    "sum_into",
     "top_keep",
 ]

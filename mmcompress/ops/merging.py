@@ -49,12 +49,30 @@ def _merge_mean(x, assignment, num_out, size=None, check=True):
         return out, total
     weight = core.wide(torch.ones_like(x[:, 0])) if size is None else core.wide(size)
     target = torch.where(assignment < 0, num_out, assignment)  # dropped rows go to one row too many
-    total = weight.new_zeros(num_out + 1).index_add(0, target, weight)[:num_out]
-    out = weight.new_zeros(num_out + 1, x.shape[1]).index_add(0, target, core.wide(x) * weight[:, None])[:num_out]
+    total = sum_into(weight[None], target[None], num_out + 1)[0, :num_out]
+    out = sum_into((core.wide(x) * weight[:, None])[None], target[None], num_out + 1)[0, :num_out]
     out = core.narrow(torch.where(total[:, None] != 0, out / total[:, None], torch.zeros_like(out)), x.dtype)
     if check:
         core.check_finite(out, "the merged x")
     return out.to(x.dtype), core.narrow(total, x.dtype)
+
+
+def sum_into(values: Tensor, index: Tensor, num_out: int) -> Tensor:
+    """Sums [B, num_out, ...] of the values [B, N, ...] that share an index [B, N] in 0…num_out - 1; the same in every run.
+
+    Differentiable.
+    """
+    if values.is_cuda:
+        return _sum_sorted(values, index, num_out)
+    where = index.view(*index.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    return values.new_zeros(len(values), num_out, *values.shape[2:]).scatter_add(1, where, values)
+
+
+def _sum_sorted(values: Tensor, index: Tensor, num_out: int) -> Tensor:
+    """On CUDA scatter_add and index_add use atomics, whose order is that of chance; an accumulating write sorts first."""
+    item = torch.arange(len(values), device=values.device)[:, None].expand_as(index)
+    out = values.new_zeros(len(values), num_out, *values.shape[2:])
+    return out.index_put((item, index), values, accumulate=True)
 
 
 def _setup(ctx, inputs, output):

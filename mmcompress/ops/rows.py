@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmcompress.ops import core
+from mmcompress.ops.merging import sum_into
 
 
 @core.operator(
@@ -83,7 +84,7 @@ def _gather_setup(ctx, inputs, output):
 
 def _gather_backward(ctx, grad, _grad_positions):
     (index,) = ctx.saved_tensors
-    return grad.new_zeros((ctx.num_rows, grad.shape[1])).index_add(0, index, grad), None, None
+    return sum_into(grad[None], index[None], ctx.num_rows)[0], None, None
 
 
 torch.library.register_autograd("mmcompress::gather_rows", _gather_backward, setup_context=_gather_setup, lib=core._library)

@@ -112,3 +112,17 @@ def test_the_order_of_picks_follows_the_outputs(name):
         assert {order[i] for i in range(4)} == set(fewer.anchor[b].tolist())
     later = tokens.take(out).take(create("uniform_keep", keep_ratio=0.5)(tokens.take(out)))
     assert torch.equal(later.signals["order"], out.order[:, create("uniform_keep", keep_ratio=0.5)(tokens.take(out)).anchor[0]])
+
+
+def test_maxmin_is_the_token_farthest_from_its_nearest():
+    """Against the definition, in float64 on the whole matrix of cosines."""
+    for seed, (B, N, D) in enumerate(((3, 60, 8), (2, 300, 33), (1, 2, 4), (2, 1, 4))):
+        x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(seed))
+        x[:, N // 2 :] = x[:, : N - N // 2] + 0.1 * x[:, N // 2 :]
+        unit = torch.nn.functional.normalize(x.double(), dim=-1)
+        cosine = unit @ unit.mT
+        cosine.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        out = create("k_center", keep_ratio=1 / (N + 1), first="maxmin").compress(Tokens.of(x))
+        assert out.anchor[:, 0].tolist() == cosine.amax(2).argmin(1).tolist()
+    same = create("k_center", keep_ratio=0.5, first="maxmin")(Tokens.of(torch.ones(2, 6, 3)))
+    assert same.anchor.tolist() == [[0, 1, 2]] * 2  # ties: the lowest columns

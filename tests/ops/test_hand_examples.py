@@ -84,3 +84,20 @@ def test_nearest_and_neighbors():
     assert index.tolist() == [2, 1] and value.tolist() == [0, 1]
     value, index = ops.neighbors(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), 2)
     assert index.tolist() == [[2, 1], [2, 0], [0, 1]]
+
+
+def test_sums_are_the_same_sorted_or_not():
+    """The form of CUDA, which sorts, and that of the CPU; values and gradients, with empty outputs."""
+    from mmcompress.ops.merging import _sum_sorted, sum_into
+
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 4, (2, 30), generator=g) + torch.tensor([[0], [1]])
+    for shape in ((2, 30), (2, 30, 3)):
+        x = torch.randint(-9, 9, shape, generator=g).double().requires_grad_()
+        want = torch.stack([torch.stack([x[b][index[b] == k].sum(0) for k in range(6)]) for b in range(2)])
+        weight = torch.randn(want.shape, generator=g, dtype=torch.float64)
+        (grad,) = torch.autograd.grad((want * weight).sum(), x)
+        for form in (sum_into, _sum_sorted):
+            got = form(x, index, 6)
+            assert torch.equal(got, want)
+            assert torch.equal(torch.autograd.grad((got * weight).sum(), x)[0], grad)

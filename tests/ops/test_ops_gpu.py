@@ -5,7 +5,8 @@ import pytest
 import torch
 from ops_oracle import DTYPES, image_like
 
-from mmcompress import ops
+from mmcompress import create, ops
+from mmcompress.tokens import Tokens, merge
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -73,3 +74,16 @@ def test_ties_and_ragged_items():
         lambda x: ops.nearest(x, x, a_offsets=[0, 1, 60, 211], b_offsets=[0, 1, 60, 211])[1],
     ):
         assert function(x.cuda()).tolist() == function(x).tolist()
+
+
+def test_merges_are_the_same_in_every_run():
+    g = torch.Generator().manual_seed(0)
+    x, index = torch.randn(2, 4096, 256, generator=g).cuda(), torch.randint(0, 40, (2, 4096), generator=g).cuda()
+    tokens, anchor = Tokens.of(x), torch.arange(40, device="cuda").expand(2, 40)
+    first, sums = merge(tokens, index, anchor).x, ops.sum_into(x, index, 40)
+    whole = {name: create(name)(tokens).x for name in ("pooling", "kmeans", "dpc_knn", "tome")}
+    for _ in range(20):
+        assert torch.equal(merge(tokens, index, anchor).x, first) and torch.equal(ops.sum_into(x, index, 40), sums)
+        assert all(torch.equal(create(name)(tokens).x, out) for name, out in whole.items())
+    on_cpu = Tokens.of(x.cpu())
+    torch.testing.assert_close(first.cpu(), merge(on_cpu, index.cpu(), anchor.cpu()).x, atol=1e-5, rtol=1e-5)
