@@ -291,3 +291,18 @@ def test_ratio_of_a_wrong_type(name, keep_ratio):
 def test_unknown_field(name):
     with pytest.raises(ValueError, match=f"{name} has no field 'keep_ratoi', did you mean 'keep_ratio'"):
         create(name, keep_ratoi=0.5)
+
+
+def test_nan_is_a_value_error_on_a_device_too(name, monkeypatch):
+    """As on a GPU, where operators by themselves only assert: inside a method they raise as on the CPU."""
+    method, said = create(name), []
+    for on_host in (lambda first: True, lambda first: False):
+        monkeypatch.setattr("mmcompress.ops.core._on_host", on_host)
+        for kind in kinds(method):
+            tokens = make(kind=kind)
+            tokens.x[1, 7, 3] = torch.nan
+            try:
+                said.append(method(tokens).x.isfinite().all(-1).all(-1).tolist())
+            except ValueError as error:
+                said.append(str(error).split(",")[0])
+    assert said[: len(said) // 2] == said[len(said) // 2 :]

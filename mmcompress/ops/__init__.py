@@ -7,7 +7,7 @@ to the lowest index.
 
 from mmcompress.ops import core
 from mmcompress.ops.cluster import KMeans, kmeans
-from mmcompress.ops.core import require, set_cpu_level, status
+from mmcompress.ops.core import checks_wait, require, set_cpu_level, status
 from mmcompress.ops.density import DensityPeaks, density_peaks
 from mmcompress.ops.greedy import k_center, max_sum
 from mmcompress.ops.merging import merge, sum_into
@@ -23,6 +23,7 @@ __all__ = [
     "Kept",
     "Match",
     "bipartite_match",
+    "checks_wait",
     "density_peaks",
     "k_center",
     "kmeans",

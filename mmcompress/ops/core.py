@@ -7,9 +7,11 @@ not depend on the build. The libraries `_C` (CPU) and `_C_cuda` register their k
 the kernels (float32 accumulation) may be compared with them.
 """
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import pairwise
 
 import torch
@@ -27,6 +29,7 @@ _kernels = torch.library.Library("mmcompress_kernels", "DEF")  # outputs are arg
 _names: list[str] = []
 _errors: dict[str, str] = {}  # device type → why its library is not loaded
 _level = "avx512"
+_wait: ContextVar[bool] = ContextVar("mmcompress_checks_wait", default=False)
 
 
 def operator(schema: str, fake: Callable, kernel: str) -> Callable:
@@ -172,12 +175,39 @@ def check_counts(offsets: Tensor, out_offsets: Tensor, num_out: int, limit: str 
 
 
 def raise_not_finite(first: Tensor, name: str) -> None:
-    """Raise for the first row that is not finite (-1: none). On a GPU an asynchronous assertion: no sync."""
-    message = "{} must be finite (no NaN, no infinity, squared norms within float32), got a bad value in row {}"
-    if first.device.type != "cpu":
-        torch._assert_async((first < 0).all(), message.format(name, "(unknown: found on the device)"))
-    elif (row := int(first)) >= 0:
-        raise ValueError(message.format(name, row))
+    """Raise for the first row that is not finite (-1: none), see `refuse`."""
+    refuse(first, f"{name} must be finite (no NaN, no infinity, squared norms within float32), got a bad value in row {{}}")
+
+
+def refuse(first: Tensor, sentence: str) -> None:
+    """ValueError with the row where `first` (one element) is a row, none where it is -1.
+
+    On a GPU an asynchronous assertion, without a sync; inside `checks_wait` it is read and raised as on the CPU (not while a
+    graph is captured: its replays run no Python).
+    """
+    if _on_host(first) or (_wait.get() and not (first.is_cuda and torch.cuda.is_current_stream_capturing())):
+        if (row := int(first)) >= 0:
+            raise ValueError(sentence.format(row))
+    else:
+        torch._assert_async((first < 0).all(), sentence.format("(unknown: found on the device)"))
+
+
+@contextlib.contextmanager
+def checks_wait() -> Iterator[None]:
+    """Inside the block, operators on a GPU read what they check, and raise the ValueError of the CPU: a failed assertion on the
+    device would end the process's use of it, and a kernel that met a NaN leaves no indices to go on with.
+
+    Holds for operators in compiled regions too, where the block is outside of them.
+    """
+    token = _wait.set(True)
+    try:
+        yield
+    finally:
+        _wait.reset(token)
+
+
+def _on_host(first: Tensor) -> bool:
+    return first.device.type == "cpu"
 
 
 def first_not_finite(x: Tensor) -> Tensor:

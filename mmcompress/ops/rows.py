@@ -35,10 +35,7 @@ def _top_rows(score, offsets, out_offsets, num_out, check=True):
 
 
 def _raise_nan(first: Tensor) -> None:
-    if first.device.type != "cpu":
-        torch._assert_async((first < 0).all(), "score must not be NaN")
-    elif (row := int(first)) >= 0:
-        raise ValueError(f"score must not be NaN, got NaN in row {row}")
+    core.refuse(first, "score must not be NaN, got NaN in row {}")
 
 
 def ranked_rows(score: Tensor, offsets: Tensor, out_offsets: Tensor, num_out: int) -> Tensor:

@@ -125,3 +125,24 @@ def test_levels():
         ops.require("cpu")
     assert ops.status()["k_center"]["cpu"].startswith("reference (")
     ops.set_cpu_level("avx512")
+
+
+def test_a_check_on_a_device_waits_where_it_is_told_to(monkeypatch):
+    """As on a GPU: an assertion by itself, the ValueError of the CPU inside the block, and after it as before."""
+    from mmcompress.ops import core
+
+    monkeypatch.setattr(core, "_on_host", lambda first: False)
+
+    def asserts():
+        with pytest.raises(RuntimeError, match=r"x must be finite .* found on the device"):
+            ops.k_center(bad(7, torch.nan), 3)
+
+    asserts()
+    with pytest.raises(ValueError, match=r"x must be finite .*, got a bad value in row 7"), ops.checks_wait():
+        with ops.checks_wait():
+            ops.k_center(X, 3)
+        ops.k_center(bad(7, torch.nan), 3)
+    asserts()
+    with pytest.raises(ValueError, match="score must not be NaN, got NaN in row 5"), ops.checks_wait():
+        ops.top_keep(bad(5, torch.nan)[:, 2], 3)
+    asserts()
