@@ -6,6 +6,7 @@ Which methods run, with which fields, follows from the registry alone: a new met
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -70,7 +71,8 @@ MEANS = ("tokens_in", "tokens_kept", "separators", "sequence", "kv_bytes", "flop
 class Run:
     """One question answered in one setting.
 
-    tokens_kept, sequence: what a layer sees, mean over the layers. prefill_ms: from the call to the first token.
+    tokens_kept, sequence: what a layer sees, mean over the layers. kv_bytes, flops: nan where the ledger counts none.
+    prefill_ms: from the call to the first token.
     """
 
     setting: Setting
@@ -80,8 +82,8 @@ class Run:
     tokens_kept: float
     separators: int
     sequence: float
-    kv_bytes: int
-    flops: int
+    kv_bytes: float
+    flops: float
     prefill_ms: float
     views: list[View] = field(default_factory=list, repr=False)
 
@@ -286,8 +288,8 @@ def _part(section: Section, model: Any, processor: Any, todo: list[tuple[Task, S
                     tokens_kept=ledger.tokens_kept,
                     separators=ledger.separators,
                     sequence=ledger.sequence_kept,
-                    kv_bytes=ledger.kv_bytes,
-                    flops=ledger.flops,
+                    kv_bytes=math.nan if ledger.kv_bytes is None else ledger.kv_bytes,
+                    flops=math.nan if ledger.flops is None else ledger.flops,
                     prefill_ms=answer.prefill_ms,
                     views=views(item),
                 )

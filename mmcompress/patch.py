@@ -12,24 +12,28 @@ if TYPE_CHECKING:
 
 
 def compress_(model: Any, compressor: Compressor) -> Any:
-    """Install `compressor` in `model` for good; returns the model. Its configuration is kept in `model.config.mmcompress`.
+    """Install `compressor` in `model` for good; returns the model.
 
+    Its configuration is kept in `model.config.mmcompress`; `model.save_pretrained` writes the compressor, weights included,
+    beside the model, and `mmcompress.apply_from_config` installs it again. Its parameters are the model's until `restore_`.
     Raises TypeError for what is no model or no compressor; ValueError where the family is unsupported, a signal is missing,
     a compressor is installed already, or the model was compiled before.
     """
     seam = _install(model, compressor)
-    seam.model.config.mmcompress = compressor.config()
+    seam.keep_config()
     return model
 
 
 def restore_(model: Any) -> Any:
-    """Take the compressor out again, bit for bit; returns the model. Raises ValueError where none is installed."""
+    """Take the compressor out again, bit for bit; returns the model.
+
+    Raises ValueError where none is installed, RuntimeError where something was wrapped around the model since or another
+    thread does not leave it.
+    """
     seam = _seam(model)
     if seam is None:
         raise ValueError(f"restore_: no compressor is installed in this {type(model).__name__}")
     seam.uninstall()
-    if "mmcompress" in seam.model.config.__dict__:
-        del seam.model.config.mmcompress
     return model
 
 
@@ -67,9 +71,17 @@ class installed:
 
 
 def _seam(model: Any) -> Seam | None:
-    from mmcompress.models.wrap import base_model, owner_of
+    from mmcompress.models.wrap import Wrapped, base_model
 
-    return owner_of(base_model(model), "generate") if hasattr(model, "modules") else None
+    if not hasattr(model, "modules"):
+        return None
+    base = base_model(model)
+    parts = (base, getattr(base, "model", None), getattr(base, "thinker", None))
+    for part in parts:
+        for value in vars(part).values() if part is not None else ():
+            if isinstance(value, Wrapped) and value.owner is not None and value.owner.model is base:
+                return value.owner
+    return None
 
 
 def _install(model: Any, compressor: Compressor) -> Seam:

@@ -44,9 +44,15 @@ def count(value: float) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 
-def mib(num_bytes: float) -> str:
+def mib(num_bytes: float | None) -> str:
+    """Mebibytes; a dash for what was not counted."""
+    if num_bytes is None or num_bytes != num_bytes:
+        return "–"
     return f"{num_bytes / 2**20:.{1 if num_bytes >= 2**20 else 3}f}"
 
 
-def gflop(flops: float) -> str:
+def gflop(flops: float | None) -> str:
+    """GFLOP; a dash for what was not counted."""
+    if flops is None or flops != flops:
+        return "–"
     return f"{flops / 1e9:.{0 if flops >= 1e11 else 1 if flops >= 1e9 else 4}f}"

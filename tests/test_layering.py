@@ -94,7 +94,9 @@ def forbidden(source):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (
-                "__class__ =" for t in targets if isinstance(t, ast.Attribute) and t.attr == "__class__" and not cache_like(t)
+                "__class__ ="
+                for t in targets
+                if isinstance(t, ast.Attribute) and t.attr == "__class__" and not cache_like(t) and not own_module(t)
             )
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
@@ -105,6 +107,11 @@ def forbidden(source):
             yield ast.unparse(node)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
             yield ast.unparse(node.func)
+
+
+def own_module(target):
+    """A file may make its own Python module callable; a torch module is never written so."""
+    return ast.unparse(target.value) == "sys.modules[__name__]"
 
 
 def cache_like(target):

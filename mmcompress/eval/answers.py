@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ from torch import Tensor
 from mmcompress.ask import ask, check_kinds
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import SampleCount
-from mmcompress.models import family
-from mmcompress.models.decoder import ATTENTION
-
-TEXT_SIGNALS = {"text", *ATTENTION}
+from mmcompress.models import family, signals
 
 
 @dataclass
@@ -37,7 +34,8 @@ class Reply:
 def reads_text(compressor: Compressor) -> bool:
     """Whether what a compressor keeps may depend on the question."""
     reads = {one for stage in compressor.stages if not stage.is_identity for read in stage.reads for one in read.split("|")}
-    return bool(reads & TEXT_SIGNALS)
+    known = signals.known()
+    return any(known[one].needs_text for one in reads if one in known)
 
 
 def answer(
@@ -58,7 +56,7 @@ def answer(
     replies = []
     for inputs in prompts:
         one = ask(model, processor, inputs, compressor, max_new_tokens)
-        replies.append(Reply(one.text, one.ledger.samples, one.items[0] if one.items else None))
+        replies.append(Reply(one.text, list(one.ledger.samples), one.items[0] if one.items else None))
     return replies
 
 
@@ -103,7 +101,7 @@ def _share(
             held = cache if start + batch_size >= len(prompts) else copy.deepcopy(cache)
             held.batch_repeat_interleave(len(ends))
             text = _generate(model, processor, ids[:, :length], ends, held, max_new_tokens)
-            replies += [Reply(t, [_longer(read, len(e))], item) for t, e in zip(text, ends, strict=True)]
+            replies += [Reply(t, [read.longer(len(e))], item) for t, e in zip(text, ends, strict=True)]
     return replies
 
 
@@ -127,9 +125,3 @@ def _generate(
     )
     new = out[:, start.shape[1] + widest :]
     return [processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
-
-
-def _longer(count: SampleCount, rows: int) -> SampleCount:
-    """The count of the whole prompt, of which all but `rows` text rows were counted."""
-    more = {layer: n + rows for layer, n in count.rows_from.items()}
-    return replace(count, sequence_in=count.sequence_in + rows, rows_from=more)

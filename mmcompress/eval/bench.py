@@ -7,6 +7,7 @@ Every sweep has its controls: the uncompressed model (`none`), and at each ratio
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -209,7 +210,7 @@ class Row:
             separators=total["separators"] / n,
             sequence_in=total["sequence_in"] / n,
             sequence=total["sequence_kept"] / n,
-            flops_share=total["flops"] / total["flops_in"],
+            flops_share=total["flops"] / total["flops_in"] if "flops" in total else math.nan,
             evidence_recall=float(np.mean([r.evidence_recall for r in results])),
             seconds=sum(r.seconds for r in results),
         )
@@ -456,7 +457,7 @@ def cells(row: Row, time: dict[str, Any] | None, timed: bool) -> list[str]:
         f"{100 * row.tokens_kept / row.tokens_in:.1f}",
         f"{row.separators:.0f}",
         f"{row.sequence:.0f}",
-        f"{100 * row.flops_share:.1f}",
+        "–" if row.flops_share != row.flops_share else f"{100 * row.flops_share:.1f}",
         "–" if row.evidence_recall != row.evidence_recall else f"{100 * row.evidence_recall:.1f}",
         gap(row.to_none),
         gap(row.to_random),

@@ -230,7 +230,7 @@ def join(parts: Sequence[Result], samples: str) -> Result:
         whole.seconds += part.seconds
         whole.shared = whole.shared or part.shared
     names = [k for k in parts[0].ledger if k != "kept_ratio"]
-    whole.ledger = {k: sum(part.ledger[k] for part in parts) for k in names}
+    whole.ledger = {k: None if parts[0].ledger[k] is None else sum(part.ledger[k] for part in parts) for k in names}
     whole.ledger["kept_ratio"] = whole.ledger["tokens_kept"] / whole.ledger["tokens_in"]
     return whole
 
@@ -492,7 +492,7 @@ def sweep(
                     result.items.append(index)
                     result.topics.append(sample.topic)
                     result.recall.append(_recall(reply.item, task, sample, processor, inputs))
-                    ledgers[id(result)].samples += reply.counts
+                    ledgers[id(result)].add(reply.counts)
                 shown.update(len(scene))
     for result in results:
         if result.error is None:

@@ -8,20 +8,22 @@ all items must end with the same number of rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcompress.compressor import Compressor
-from mmcompress.ledger import Decoder, ItemCount, Ledger, SampleCount
-from mmcompress.models.generic import Call, ItemSpec
+from mmcompress.ledger import Decoder, ItemCount, SampleCount
+from mmcompress.models.call import NOTE, Call, running
+from mmcompress.models.doors.layer import LayerDoor
+from mmcompress.models.finding import encoder_signals, item_of
+from mmcompress.models.generic import ItemSpec
 from mmcompress.models.items import run_stages
 from mmcompress.models.rows import pack, packed_column, rows
 from mmcompress.models.seam import Seam
-from mmcompress.models.signals import last_block, watch
-from mmcompress.models.wrap import Wrapper
+from mmcompress.models.wrap import Wrapped, bound
 
 KIND = "audio"
 
@@ -40,8 +42,17 @@ class CrossAttention(Decoder):
         head_width = config.d_model // heads
         return cls(config.decoder_layers, config.d_model, config.decoder_ffn_dim, heads, heads, head_width, bytes)
 
-    def flops(self, rows: list[int]) -> int:
+    def flops(self, rows: Sequence[int], past: Sequence[int] = ()) -> int:
         return sum(4 * n * self.head_width * (self.width * self.kv_heads + self.heads) for n in rows)
+
+
+class NoLayers(LayerDoor):
+    """The decoder holds no items."""
+
+    name = ""
+
+    def at(self, stage: Compressor) -> int:
+        raise ValueError(f"layer must be None in an encoder-decoder model, whose decoder holds no items; got {stage.layer!r}")
 
 
 class EncoderDecoderSeam(Seam):
@@ -49,85 +60,91 @@ class EncoderDecoderSeam(Seam):
 
     anywhere = ()
 
-    def __init__(self, model: Any, compressor: Compressor):
-        super().__init__(model, compressor)
+    def decoder(self) -> Decoder:
         text = self.family.text
-        self.ledger = Ledger(CrossAttention.of(text.config, next(text.parameters()).element_size()))
+        return CrossAttention.of(text.config, next(text.parameters()).element_size())
 
-    @staticmethod
-    def layer(layer: int | float | None, depth: int) -> int:
-        if layer is not None:
-            raise ValueError(f"layer must be None in an encoder-decoder model, whose decoder holds no items; got {layer!r}")
-        return 0
+    def place(self, compressor: Compressor) -> None:
+        self.standing["layer"] = NoLayers(self)
+        super().place(compressor)
 
-    def install(self) -> None:
-        encoder: Any = self.family.tower(self.family.core, KIND)
-        try:
-            for module, name, make in (
-                (encoder, "forward", self.on_encoder),
-                (self.model, "generate", self.on_generate),
-            ):
-                self.wrappers.append(Wrapper(module, name, make, self))
-        except BaseException:
-            self.uninstall()
-            raise
+    def put_wrappers(self) -> None:
+        core = self.family.core
+        self.refuse_replicas(core)
+        self.wrap_encoders(core)
+        self.wrap(self.family.tower(core, KIND), "forward", "on_encoder")
+        self.wrap(core, "forward", "on_core")
+        self.wrap(self.model, "generate", "on_generate")
 
-    def on_encoder(self, encoder: nn.Module, forward: Callable) -> Callable:
-        def run(*args, **kw):
-            call = Call({}, None, None)
-            with self.encoder_tap(encoder, call):
-                out = forward(*args, **kw)
-            x: Tensor = out[0]
-            B, N = x.shape[:2]
-            flat: dict[str, Tensor] = {r: self.family.signal(call, KIND, r) for r in self.encoder_reads}
-            specs = [ItemSpec.lattice(KIND, (N, 1, 1), b * N) for b in range(B)]
-            self.items = [self.item(spec, b, torch.arange(N), x, flat) for b, spec in enumerate(specs)]
-            counts = [ItemCount(KIND, N, 0, {0: N}) for _ in specs]
-            for item, count in zip(self.items, counts, strict=True):
-                item.count = count
-            samples = [SampleCount(N, {}, [count]) for count in counts]
-            if self.prefill:
-                x, keep = run_stages(self.prefill, self.items, x, self.plan.reads.get(0, []))
-                index, real = pack(keep, left=False)
-                if not bool(real.all()):
-                    raise ValueError(
-                        f"every item of a batch must keep the same number of tokens in {self.family.name} models, whose "
-                        f"cross-attention takes no mask; got {real.sum(1).tolist()}: pass the recordings one by one"
-                    )
-                source = packed_column(keep, real, left=False)
-                for item, sample in zip(self.items, samples, strict=True):
-                    item.move(source)
-                    sample.rows_from[0] = index.shape[1]
-                x = rows(x, index)
-                out = (x, *out[1:]) if isinstance(out, tuple) else replaced(out, x)
-            self.ledger.samples.extend(samples)
-            return out
+    def on_core(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Refuse encoder states that did not come from the encoder as it is now: they would pass uncompressed."""
+        if not args and kwargs.get("encoder_outputs") is None:
+            return wrapped.original(**kwargs)
+        given = bound(wrapped.module, "forward", args, kwargs).get("encoder_outputs")
+        if given is not None and self.acts and not torch.compiler.is_compiling() and not self.knows(given):
+            raise ValueError(
+                "encoder_outputs must come from this model's own encoder while the compressor is installed, which acts where the "
+                f"encoder runs; got {type(given).__name__} made elsewhere (pass input_features instead)"
+            )
+        return wrapped.original(*args, **kwargs)
 
-        return run
+    def knows(self, given: Any) -> bool:
+        """Whether these states were made under this compressor (beams repeat them in place)."""
+        states = given[0] if isinstance(given, (list, tuple)) else getattr(given, "last_hidden_state", given)
+        return self.licence in (getattr(given, NOTE, None), getattr(states, NOTE, None))
 
-    def encoder_tap(self, core: nn.Module, call: Call) -> contextlib.AbstractContextManager:
-        if "keys" not in self.encoder_reads:
-            return contextlib.nullcontext()
-        seen = call.attention.setdefault(KIND, [])
-        return watch([last_block(core)], lambda module, q, k, mask, scaling: seen.append((q, k)))
-
-    def on_generate(self, model: nn.Module, generate: Callable) -> Callable:
-        def run(*args, **kw):
-            config = kw.get("generation_config")
-            if kw.get("assistant_model") is not None:
-                raise ValueError("assistant_model must be None while a compressor is installed")
-            if kw.get("return_token_timestamps") or getattr(config, "return_token_timestamps", False):
+    def on_encoder(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("the encoder must not be compiled while a compressor is installed: compile the decoder alone")
+        call = Call(self, {}, None, None, kind=KIND)
+        with self.running.one(), running(call), self.hearing(call, KIND):
+            out = wrapped.original(*args, **kwargs)
+        x: Tensor = out[0]
+        B, N = x.shape[:2]
+        values = encoder_signals(self.family, call, KIND, self.encoder_reads)
+        specs = [ItemSpec.lattice(KIND, (N, 1, 1), b * N) for b in range(B)]
+        items = [item_of(spec, b, torch.arange(N), x, values) for b, spec in enumerate(specs)]
+        counts = [ItemCount(KIND, N, 0, {0: N}) for _ in specs]
+        for item, count in zip(items, counts, strict=True):
+            item.count = count
+        samples = [SampleCount(N, {}, [count]) for count in counts]
+        stages = self.standing["prefill"].stages.get(0, [])
+        if stages:
+            x, keep = run_stages(stages, items, x)
+            index, real = pack(keep, left=False)
+            if not bool(real.all()):
                 raise ValueError(
-                    "return_token_timestamps must be False while a compressor is installed: they are read from the places of "
-                    "cross-attention (return_timestamps works)"
+                    f"every item of a batch must keep the same number of tokens in {self.family.name} models, whose "
+                    f"cross-attention takes no mask; got {real.sum(1).tolist()}: pass the recordings one by one"
                 )
-            if kw.get("encoder_outputs") is not None:
-                raise ValueError("encoder_outputs must be None while a compressor is installed: it acts where the encoder runs")
-            return generate(*args, **kw)
+            source = packed_column(keep, real, left=False)
+            for item, sample in zip(items, samples, strict=True):
+                item.move(source)
+                item.forget()
+                sample.rows_from[0] = index.shape[1]
+            x = rows(x, index)
+            if isinstance(out, tuple):
+                out = (x, *out[1:])
+            else:
+                out.last_hidden_state = x
+        for part in (out, x):
+            with contextlib.suppress(AttributeError):  # a tuple cannot be marked, its tensor is
+                setattr(part, NOTE, self.licence)
+        self.items = items
+        self.ledger.add(samples, x.element_size())
+        return out
 
-        return run
-
-
-def replaced(out: Any, x: Tensor) -> Any:
-    out.last_hidden_state = x
-    return out
+    def on_generate(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = bound(wrapped.module, "generate", args, kwargs)
+        if given.get("assistant_model") is not None:
+            raise ValueError("assistant_model must be None while a compressor is installed")
+        configs = (given.get("generation_config"), self.model.generation_config)
+        if given.get("return_token_timestamps") or any(getattr(c, "return_token_timestamps", False) for c in configs):
+            raise ValueError(
+                "return_token_timestamps must be False while a compressor is installed: they are read from the places of "
+                "cross-attention (return_timestamps works, its segments may shift)"
+            )
+        if given.get("encoder_outputs") is not None and not self.knows(given["encoder_outputs"]):
+            raise ValueError("encoder_outputs must be None while a compressor is installed: it acts where the encoder runs")
+        with self.running.one():
+            return wrapped.original(*args, **kwargs)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mmcompress.models import signals
+from mmcompress.models.call import Call
+from mmcompress.models.signals import Signal
 from mmcompress.models.wrap import base_model
 from mmcompress.tokens import Layout
 
@@ -44,21 +46,6 @@ class ItemSpec:
         return cls(kind, len(n), Layout(kind, grid), position, group, n, None if start is None else n + start)
 
 
-@dataclass
-class Call:
-    """What is noted of one call of the core: its arguments, ids on the host [B, S], 2-D mask, what the taps saw per kind, and
-    the rotary `Turned` of tokens that carry several positions."""
-
-    arguments: dict[str, Any]
-    ids: Tensor | None
-    mask: Tensor | None
-    kind: str | None = None
-    attention: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    tower: dict[str, list[Tensor]] = field(default_factory=dict)
-    features: dict[str, Any] = field(default_factory=dict)
-    turned: Any = None
-
-
 class Family:
     """One model family: where its parts are, which rows are items, which signals its encoder offers.
 
@@ -67,26 +54,32 @@ class Family:
     """
 
     name: ClassVar[str] = "generic"
-    modalities: ClassVar[tuple[str, ...]] = ("image",)
-    inputs: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
-    per_item: ClassVar[dict[str, tuple[str, ...]]] = {
-        "image": ("pixel_values", "image_sizes"),
-        "video": ("pixel_values_videos",),
-        "audio": ("input_features", "feature_attention_mask"),
-    }
-    """Arguments of each kind with one entry per item, which transformers' own expansion for beams repeats per item instead of
-    per sample."""
+    modalities: tuple[str, ...] = ("image",)
     offers: ClassVar[tuple[str, ...]] = ()
     notes: ClassVar[str] = ""
+    per_sample: ClassVar[bool] = False
+    """Whether pixels come as [samples, items, ...]."""
+    own_generate: ClassVar[bool] = False
+    """Whether the model's own `generate` is known to end in the stock one."""
 
     def __init__(self, model: Any):
         base = base_model(model)
-        children = (getattr(base, "model", None), getattr(base, "thinker", None))
-        self.core: Any = next((c for c in children if isinstance(c, nn.Module)), base)
-        self.config: Any = self.core.config
-        names = ("language_model", "text_model", "model")
-        self.text: Any = next((c for n in names if isinstance(c := getattr(self.core, n, None), nn.Module)), None)
-        self.layers: Any = getattr(self.text, "layers", None)
+        children = (getattr(base, "model", None), getattr(base, "thinker", None), base)
+        core: Any = next((c for c in children if isinstance(c, nn.Module) and is_core(c)), None)
+        if core is None:
+            raise ValueError(
+                f"model must have a core that makes features (get_{{{','.join(KINDS)}}}_features) and hands them to a text model "
+                f"(language_model, text_model or model), got {type(base).__name__} without one"
+            )
+        self.core: Any = core
+        self.config: Any = core.config
+        self.text: Any = stack_of(text_child(core))
+        if self.text is None:
+            raise ValueError(
+                f"model must have a text model with a list of decoder layers, got {type(base).__name__} without one"
+            )
+        self.stack: Any = self.text
+        self.layers: Any = self.stack.layers
 
     @property
     def seam(self) -> Any:
@@ -100,14 +93,21 @@ class Family:
     @property
     def first_cut(self) -> int:
         """The first decoder layer before which rows may leave."""
-        return 1
+        return max(1, len(getattr(getattr(self.config, "vision_config", None), "deepstack_visual_indexes", None) or ()))
+
+    @property
+    def axes(self) -> int:
+        """Rows of position ids: 3 with m-RoPE, else 1."""
+        rope = getattr(self.stack.config, "rope_parameters", None) or getattr(self.stack.config, "rope_scaling", None) or {}
+        return 3 if "mrope_section" in rope else 1
 
     def placeholder(self, kind: str) -> int:
         """The id that stands for one row of this kind, or -1."""
-        for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            value = getattr(self.config, name, None)
-            if isinstance(value, int):
-                return value
+        for config in (self.config, getattr(self.config, "vision_config", None), getattr(self.config, "audio_config", None)):
+            for name in (f"{kind}_token_id", f"{kind}_token_index"):
+                value = getattr(config, name, None)
+                if isinstance(value, int):
+                    return value
         return -1
 
     def tower(self, core: nn.Module, kind: str) -> nn.Module | None:
@@ -122,43 +122,68 @@ class Family:
     # signals
 
     def signals(self) -> tuple[str, ...]:
-        """Names of the signals that the encoder offers, apart from "text" (always) and "query_attention" (before a
-        decoder layer)."""
+        """Names of the signals that the encoder and the items' layout offer."""
         tower = self.tower(self.core, self.modalities[0])
         has_cls = tower is not None and any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters())
-        return tuple(s for s in self.offers if s != "cls_logits" or has_cls)
+        known = signals.known()
+        return tuple(s for s in self.offers if has_cls or not known[s].needs_cls)
 
-    def dropped_columns(self, call: Call) -> int:
+    def dropped_columns(self, call: Call, kind: str) -> int:
         """Columns that the feature selection cuts from the front of a view: 1 for the CLS token under "default"."""
-        strategy = call.arguments.get("vision_feature_select_strategy") or getattr(
+        strategy = call.argument(kind, "vision_feature_select_strategy") or getattr(
             self.config, "vision_feature_select_strategy", "full"
         )
         return int(strategy == "default")
 
-    def signal(self, call: Call, kind: str, name: str) -> Tensor:
-        """A signal over the flattened encoder output [M, …] that `ItemSpec.source` points into."""
-        if name == "tower":
-            return torch.cat([t.flatten(0, -2) for t in call.tower[kind]])
-        drop = self.dropped_columns(call)
-        parts = [
-            signals.cls_logits(q, k, drop) if name == "cls_logits" else signals.flat_keys(k, drop)
-            for q, k in call.attention[kind]
-        ]
-        return torch.cat(parts)
+    def signal(self, call: Call, kind: str, one: Signal) -> Tensor | None:
+        """A signal over the flattened encoder output [M, …] that `ItemSpec.source` points into; None where nothing was seen."""
+        seen = call.of(kind)
+        if (one.attention and not seen.attention) or (one.projector and not seen.tower):
+            return None
+        values: Tensor = one.make(seen, self.dropped_columns(call, kind))  # type: ignore[misc]
+        return self.tokens_of(call, kind, one, values.detach())
+
+    def tokens_of(self, call: Call, kind: str, one: Signal, values: Tensor) -> Tensor:
+        """Values over the encoder's rows [M, …] as values over the rows that the language model gets, where they differ."""
+        return values
 
     # items
 
     def kinds(self, call: Call) -> list[str]:
-        """The kinds for which this call brings features."""
-        return [k for k in KINDS if call.arguments.get(self.inputs[k]) is not None and self.placeholder(k) >= 0]
+        """The kinds for which this call brings features, or could."""
+        given = [n for n, v in call.arguments.items() if isinstance(v, Tensor) or (isinstance(v, list) and v)]
+        return [k for k in KINDS if self.placeholder(k) >= 0 and (k in call.encoded or any(belongs(n, k) for n in given))]
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
         """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of
         unknown structure."""
-        lengths = feature_lengths(call.features.get(kind))
+        if (specs := self.lattices(call, kind, num_rows)) is not None:
+            return specs
+        lengths = call.encoded[kind].lengths if kind in call.encoded else None
         if lengths is None or sum(lengths) != num_rows:
             return None
         return self.squares(kind, lengths)
+
+    def lattices(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
+        """Items of a packed encoder, from its (t, h, w) patch grids: the rows are the grids with m × m patches merged, and
+        r frames where the model pools over time."""
+        grids = call.argument(kind, f"{kind}_grid_thw")
+        grids = grids.tolist() if isinstance(grids, Tensor) else grids
+        if not grids or not num_rows or any(len(g) != 3 for g in grids):
+            return None
+        patches = sum(t * h * w for t, h, w in grids)
+        if patches % num_rows:
+            return None
+        ratio = patches // num_rows
+        for m in (m for m in range(math.isqrt(ratio), 0, -1) if ratio % m**2 == 0):
+            r = ratio // m**2
+            if all(h % m == 0 and w % m == 0 and t % r == 0 for t, h, w in grids):
+                out, start = [], 0
+                for t, h, w in grids:
+                    out.append(ItemSpec.lattice(kind, (t // r, h // m, w // m), start))
+                    start += out[-1].num_rows
+                return out
+        return None
 
     def squares(self, kind: str, lengths: Iterable[int]) -> list[ItemSpec]:
         """Items of n rows each: a square grid where n is a square number, else a line."""
@@ -173,8 +198,60 @@ class Family:
 def feature_lengths(output: Any) -> list[int] | None:
     """Rows per item of what `get_*_features` returned; None where the output does not say."""
     features = getattr(output, "pooler_output", output)
+    features = getattr(output, "last_hidden_state", None) if features is None else features
     if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) and f.dim() == 2 for f in features):
         return [len(f) for f in features]
     if isinstance(features, Tensor) and features.dim() == 3:
         return [features.shape[1]] * len(features)
     return None
+
+
+def feature_rows(output: Any) -> list[Tensor]:
+    """What `get_*_features` returned as a list of [rows, D]; [] where its form is another."""
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) and f.dim() == 2 for f in features):
+        return list(features)
+    return list(features) if isinstance(features, Tensor) and features.dim() == 3 else []
+
+
+def makes_features(module: nn.Module) -> bool:
+    """Whether a module makes features of pixels or sound."""
+    return any(hasattr(module, f"get_{k}_features") for k in KINDS) or hasattr(module, "audio_tower")
+
+
+def text_child(core: nn.Module) -> Any:
+    """The child that reads the merged embeddings, or None."""
+    children = (getattr(core, n, None) for n in ("language_model", "text_model", "model"))
+    return next((c for c in children if isinstance(c, nn.Module) and not makes_features(c)), None)
+
+
+def is_core(module: nn.Module) -> bool:
+    """Whether a module makes features and has a text child."""
+    return makes_features(module) and text_child(module) is not None
+
+
+def stack_of(text: Any) -> Any:
+    """The module that holds the decoder layers: the text model itself, or inside a causal language model; None without one."""
+    while text is not None and not isinstance(getattr(text, "layers", None), nn.ModuleList):
+        text = next((c for n in ("model", "decoder") if isinstance(c := getattr(text, n, None), nn.Module)), None)
+    return text
+
+
+PARTS = {
+    "video": ("video",),
+    "audio": ("audio", "input_features", "feature_attention", "input_values"),
+    "image": ("pixel", "image", "spatial_shapes", "target_sizes", "patches"),
+}
+"""Parts of the names of arguments that hold pixels or sound, or describe them; the first kind that fits has it."""
+DESCRIBES = ("size", "grid", "mask", "shape", "len", "position", "num", "_id", "index", "type")
+"""Parts of the names of those that only describe them."""
+
+
+def belongs(name: str, kind: str) -> bool:
+    """Whether an argument holds pixels or sound of this kind, or describes them."""
+    return next((k for k, parts in PARTS.items() if any(p in name for p in parts)), None) == kind
+
+
+def holds_items(name: str) -> bool:
+    """Whether an argument holds pixels or sound itself."""
+    return any(belongs(name, k) for k in KINDS) and not any(p in name for p in DESCRIBES)

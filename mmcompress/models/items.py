@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import ItemCount
+from mmcompress.models import signals
 from mmcompress.models.generic import ItemSpec
 from mmcompress.tokens import Layout, Reduction, Tokens, fault
 
@@ -45,7 +46,14 @@ class Item:
 
     def move(self, source: Tensor) -> None:
         """Follow the rows to the columns that they were packed to (source [B, columns before])."""
+        source = source.to(self.columns.device)
         self.columns, self.separators = source[self.sample, self.columns], source[self.sample, self.separators]
+
+    def to(self, device: torch.device) -> None:
+        """Follow the rows to another device."""
+        for name in ("position", "group", "columns", "anchor", "assignment", "size", "separators"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.signals = {k: v.to(device) for k, v in self.signals.items()}
 
     def reduce(self, new: Reduction, j: int) -> None:
         """Take row j of a stage's result."""
@@ -54,13 +62,54 @@ class Item:
         self.x, self.size = new.x[j][mask], new.size[j][mask]
         self.columns, self.anchor = self.columns[anchor], self.anchor[anchor]
         self.assignment = torch.where(self.assignment >= 0, new.assignment[j][self.assignment.clamp(min=0)], -1)
-        self.signals = {k: v if k == "text" else v[anchor] for k, v in self.signals.items()}
+        self.signals = {k: v[anchor] if per_token(k) else v for k, v in self.signals.items()}
         self.signals |= {k: v[j][mask] for k, v in new.carried().items()}
 
+    def forget(self) -> None:
+        """Drop the signals once the last stage of a call has read them; what tokens carry stays."""
+        self.signals = {k: v for k, v in self.signals.items() if k in CARRIED}
 
-def run_stages(
-    stages: list[Compressor], items: list[Item], x: Tensor, reads: list[str], layer: int = 0
-) -> tuple[Tensor, Tensor]:
+
+CARRIED = ("positions", "num_positions", "order")
+"""What tokens carry with them from one stage to the next (`Reduction.carried`)."""
+
+
+def per_token(name: str) -> bool:
+    """Whether a signal of this name follows the tokens."""
+    return name not in signals.known() or signals.known()[name].per_token
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage where it stands, with the signals that it reads: for each the names that serve, best first, and whether it does
+    without."""
+
+    stage: Compressor
+    reads: tuple[tuple[tuple[str, ...], bool], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return type(self.stage).name or type(self.stage).__name__
+
+    def served(self, item: Item) -> tuple[str, ...]:
+        """The signals that this item has for the stage. Raises ValueError where one that it needs is missing."""
+        out = []
+        for names, optional in self.reads:
+            found = next((n for n in names if n in item.signals or n in LAYOUT), None)
+            if found is None and not optional:
+                raise ValueError(
+                    f"{self.name} reads the signal {' or '.join(names)!r}, which this {item.kind} lacks: its rows cannot be traced to "
+                    "outputs of the encoder"
+                )
+            if found is not None and found not in LAYOUT:
+                out.append(found)
+        return tuple(out)
+
+
+LAYOUT = signals.of_source("layout")
+
+
+def run_stages(stages: list[Placed], items: list[Item], x: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
     """x with the outputs written in (a new tensor), and which columns stay [B, S]."""
     keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if not stages:
@@ -68,13 +117,17 @@ def run_stages(
     for item in items:
         item.x = x[item.sample, item.columns]
         keep[item.sample, item.columns] = False
-    for stage in stages:
+    for placed in stages:
         buckets: dict[Any, list[Item]] = {}
         for item in items:
             if len(item.columns):
-                buckets.setdefault((item.layout, len(item.columns)), []).append(item)
-        for bucket in buckets.values():
-            result = check(stage, stage(stack(bucket, reads)), bucket)
+                buckets.setdefault((item.layout, len(item.columns), placed.served(item)), []).append(item)
+        for (layout, _, reads), bucket in buckets.items():
+            if layout.kind not in placed.stage.kinds:
+                for item in bucket:
+                    item.count.untouched = placed.name
+                continue
+            result = check(placed.stage, placed.stage(stack(bucket, reads)), bucket)
             for j, item in enumerate(bucket):
                 item.reduce(result, j)
     b = torch.cat([torch.full_like(i.columns, i.sample) for i in items])
@@ -90,21 +143,21 @@ def run_stages(
     return x, keep
 
 
-def stack(bucket: list[Item], reads: list[str]) -> Tokens:
+def stack(bucket: list[Item], reads: tuple[str, ...]) -> Tokens:
     """The items of one layout as a batch."""
     first = bucket[0]
-    signals: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     for name in reads:
         values = [i.signals[name] for i in bucket]
-        if name == "text":
-            signals["text"] = nn.utils.rnn.pad_sequence(values, batch_first=True)
-            signals["text_mask"] = nn.utils.rnn.pad_sequence(
+        if per_token(name):
+            read[name] = torch.stack(values)
+        else:
+            read[name] = nn.utils.rnn.pad_sequence(values, batch_first=True)
+            read[f"{name}_mask"] = nn.utils.rnn.pad_sequence(
                 [torch.ones(len(v), dtype=torch.bool, device=v.device) for v in values], batch_first=True
             )
-        else:
-            signals[name] = torch.stack(values)
         if name == "positions" and "num_positions" in first.signals:
-            signals["num_positions"] = torch.stack([i.signals["num_positions"] for i in bucket])
+            read["num_positions"] = torch.stack([i.signals["num_positions"] for i in bucket])
     pick = lambda get: torch.stack([get(i)[i.anchor] for i in bucket])  # noqa: E731
     return Tokens(
         x=torch.stack([i.x for i in bucket]),  # type: ignore[misc]
@@ -112,7 +165,7 @@ def stack(bucket: list[Item], reads: list[str]) -> Tokens:
         group=pick(lambda i: i.group),
         size=torch.stack([i.size for i in bucket]),
         layout=first.layout,
-        signals=signals,
+        signals=read,
     )
 
 

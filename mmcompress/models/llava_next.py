@@ -4,10 +4,12 @@ after every row of it."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from mmcompress.models.generic import Call, Family, ItemSpec
+from mmcompress.models.call import Call
+from mmcompress.models.generic import Family, ItemSpec
 from mmcompress.tokens import Layout
 
 
@@ -22,7 +24,7 @@ class LlavaNext(Family):
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         out, view = [], 0
-        for size in call.arguments["image_sizes"].tolist():
+        for size in extents(call.argument(kind, "image_sizes")):
             rows, columns = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, vision.image_size)
             spec = anyres(side, rows, columns, tuple(size))
             out.append(
@@ -32,6 +34,11 @@ class LlavaNext(Family):
             )
             view += 1 + rows * columns
         return out
+
+
+def extents(sizes: Any) -> list[list[int]]:
+    """(height, width) of every picture, however they were given."""
+    return torch.as_tensor(sizes).tolist()
 
 
 @functools.lru_cache(maxsize=512)

@@ -9,8 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mmcompress.models.generic import Call, Family, ItemSpec
-from mmcompress.models.llava_next import anyres, padding
+from mmcompress.models.call import Call
+from mmcompress.models.generic import Family, ItemSpec
+from mmcompress.models.llava_next import anyres, extents, padding
+from mmcompress.models.signals import Signal
 
 
 class LlavaOnevision(Family):
@@ -27,12 +29,12 @@ class LlavaOnevision(Family):
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec]:
         side = self.side
         if kind == "video":
-            clips, frames = call.arguments["pixel_values_videos"].shape[:2]
+            clips, frames = call.argument(kind, "pixel_values_videos").shape[:2]
             pooled = math.ceil(side / 2)
             return [with_newline(kind, (frames, pooled, pooled), i * frames * pooled**2) for i in range(clips)]
         from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
 
-        sizes, counts = call.arguments["image_sizes"].tolist(), call.arguments.get("batch_num_images")
+        sizes, counts = extents(call.argument(kind, "image_sizes")), call.argument(kind, "batch_num_images")
         in_crops = [True] * len(sizes) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
         out: list[ItemSpec] = []
         view = 0
@@ -57,8 +59,7 @@ class LlavaOnevision(Family):
                 out.append(replace(spec, source=spec.source + start))
         return out
 
-    def signal(self, call: Call, kind: str, name: str) -> Tensor:
-        values = super().signal(call, kind, name)
+    def tokens_of(self, call: Call, kind: str, one: Signal, values: Tensor) -> Tensor:
         if kind != "video":
             return values
         side, pooled = self.side, math.ceil(self.side / 2)

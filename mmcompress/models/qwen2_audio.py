@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mmcompress.models.generic import Call, Family, ItemSpec
+from mmcompress.models.call import Call
+from mmcompress.models.generic import Family, ItemSpec
+from mmcompress.models.signals import Signal
 
 
 class Qwen2Audio(Family):
@@ -17,7 +18,7 @@ class Qwen2Audio(Family):
     notes = "the processor must expand <|AUDIO|> to one id per token"
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec]:
-        mask = call.arguments["feature_attention_mask"]
+        mask = call.argument(kind, "feature_attention_mask")
         _, lengths = self.encoder._get_feat_extract_output_lengths(mask.sum(-1))
         out = [ItemSpec.lattice(kind, (n, 1, 1), clip * self.steps) for clip, n in enumerate(lengths.tolist())]
         if num_rows < sum(s.num_rows for s in out):
@@ -33,8 +34,8 @@ class Qwen2Audio(Family):
         """Tokens that the encoder gives for a full window."""
         return self.config.audio_config.max_source_positions // 2
 
-    def signal(self, call: Call, kind: str, name: str) -> Tensor:
-        if name == "tower":
-            return super().signal(call, kind, name)
-        keys = torch.cat([k.transpose(1, 2).flatten(2) for _, k in call.attention[kind]])  # [clips, T, D]
-        return keys[:, : 2 * self.steps].unflatten(1, (-1, 2)).mean(2).flatten(0, 1)
+    def tokens_of(self, call: Call, kind: str, one: Signal, values: Tensor) -> Tensor:
+        if not one.attention:
+            return values
+        T = call.of(kind).attention[0].k.shape[2]
+        return values.unflatten(0, (-1, T))[:, : 2 * self.steps].unflatten(1, (-1, 2)).mean(2).flatten(0, 1)

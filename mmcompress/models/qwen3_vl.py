@@ -9,7 +9,3 @@ from mmcompress.models.qwen2_vl import Qwen2VL
 class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
     notes = f"{Qwen2VL.notes}; DeepStack features are those of the kept rows, and layer must come after them (3 as released)"
-
-    @property
-    def first_cut(self) -> int:
-        return max(1, len(self.config.vision_config.deepstack_visual_indexes))

@@ -1,8 +1,8 @@
 """The seam: where a compressor takes the rows of items out of a running model and puts fewer back.
 
 Observe at the core (ids, masks, grids, encoder outputs), act at the call of the text model, restore its output to the
-caller's length.
-Stages at a decoder layer act in wrappers on the layers. All wrappers are instance methods, undone bit for bit.
+caller's length. What stands where is sorted by the doors. The seam holds configuration only: all state of a call is in
+`call.py`. All wrappers are instance methods, undone bit for bit.
 """
 
 from __future__ import annotations
@@ -10,481 +10,525 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmcompress.compressor import Compressor
-from mmcompress.ledger import Decoder, ItemCount, Ledger, SampleCount
+from mmcompress.ledger import Decoder, Ledger, SampleCount
+from mmcompress.models import compat, signals
 from mmcompress.models import family as find_family
-from mmcompress.models.cache import PromptState, physical, remember, states_of
-from mmcompress.models.decoder import ATTENTION, Plan, Step
-from mmcompress.models.generic import Call, Family, ItemSpec
-from mmcompress.models.items import Item, run_stages, runs
+from mmcompress.models.cache import Licence, PromptState, is_reduced, physical, remember, states_of
+from mmcompress.models.call import NOTE, Call, Encoded, current, listening, running, take_prepared
+from mmcompress.models.doors import STEP, Frame, doors
+from mmcompress.models.finding import check_found, find_items
+from mmcompress.models.generating import Generating
+from mmcompress.models.generic import Family, feature_lengths, feature_rows, holds_items
+from mmcompress.models.items import Item, Placed
+from mmcompress.models.masks import Pattern, gather_extra, text_mask
 from mmcompress.models.rotary import Rotary, axes
 from mmcompress.models.rows import pack, packed_column, restore, rows
-from mmcompress.models.signals import BACKENDS, last_block, watch
-from mmcompress.models.wrap import Wrapper, base_model
+from mmcompress.models.signals.taps import Attention, last_block, place_of, run_tapped, tappable
+from mmcompress.models.wrap import Wrapped, base_model, bound, method_of
+
+WAIT = 300.0
+"""Seconds that taking a compressor out waits for calls that other threads are in."""
 
 
-class Seam:
+MISSING = "mmcompress was not in the configuration"
+
+
+class Running:
+    """How many calls each thread is in. Copied and pickled as empty."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[int] = Counter()
+        self.changed = threading.Condition()
+
+    def __reduce__(self) -> tuple:
+        return Running, ()
+
+    @contextlib.contextmanager
+    def one(self):
+        me = threading.get_ident()
+        with self.changed:
+            self.calls[me] += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.calls[me] -= 1
+                if not self.calls[me]:
+                    del self.calls[me]
+                    self.changed.notify_all()
+
+    def wait(self, seconds: float) -> None:
+        """Return once no other thread is in a call. Raises RuntimeError inside a call of this thread, or after so long."""
+        if threading.get_ident() in self.calls:
+            raise RuntimeError("a compressor cannot be taken out of a model by a call of that model itself: let it end first")
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self.calls, seconds):
+                raise RuntimeError(
+                    f"a compressor cannot be taken out while another thread is in generate or forward (waited {seconds:.0f} s): join "
+                    "that thread first, the compressor is still installed"
+                )
+
+
+class Seam(Generating):
     """A compressor installed in one model. Use `compress_`, `restore_` or `with compressor(model)`."""
 
-    anywhere: tuple[str, ...] = ("text",)  # signals that every place offers
+    anywhere: tuple[str, ...] = ("text",)
+    """Sources of signals that every place offers, beside the encoder's."""
+    doors: tuple[str, ...] = ("prefill", "layer")
 
     def __init__(self, model: Any, compressor: Compressor):
+        self.outer: Any = model
         self.model: Any = base_model(model)
         self.family: Family = find_family(model)
         self.compressor = compressor
-        text_config = self.family.text.config
-        self.ledger = Ledger(Decoder.of(text_config, next(self.family.text.parameters()).element_size()))
+        self.ledger = Ledger(self.decoder())
         self.items: list[Item] = []
-        self.calls: list[Call] = []
-        self.generating = False
-        self.mask2d: Tensor | None = None
-        self.prompt = 0
-        self.wrappers: list[Wrapper] = []
-        self.forward_wrappers: list[Wrapper] = []
-        self.prefill: list[Compressor] = []
-        self.plan = Plan()
+        self.wrappers: list[Wrapped] = []
+        self.licence, self.running = Licence(), Running()
+        self.config_before: Any = None  # what the configuration held at compress_
         self.rotary: Rotary | None = None  # where a stage carries positions
+        known = doors()
+        self.standing = {name: known[name](self) for name in self.doors if name in known}
         self.place(compressor)
+        wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
+        self.encoder_reads = sorted(wanted & set(signals.of_source("encoder")))
+        self.text_reads = bool(wanted & set(signals.of_source("text")))
+        self.acts = any(d.stages for d in self.standing.values())
+        names = inspect.signature(method_of(self.family.core, "forward")).parameters
+        self.core_names = tuple(names)
+        self.item_names = (*(n for n in names if holds_items(n)), "mm_encoder_outputs")
+        """Arguments of the core that hold pixels, sound or features."""
+
+    def decoder(self) -> Decoder:
+        """What the ledger counts with."""
+        return Decoder.of(self.family.stack, next(self.family.stack.parameters()).element_size())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("items", "licence")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, items=[], licence=Licence())
 
     # what stands where
 
     def place(self, compressor: Compressor) -> None:
         """Sort the stages to their doors; raise where a door or a signal is missing."""
-        depth = len(self.family.layers)
-        wanted: set[str] = set()
+        compressor.check_order(len(self.family.layers))
         for stage in compressor.stages:
             name = type(stage).name or type(stage).__name__
-            if stage.placement not in ("prefill", "layer"):
-                raise ValueError(f"placement of {name} must be 'prefill' or 'layer' in this version, got {stage.placement!r}")
-            layer = self.layer(stage.layer, depth)
-            if 0 < layer < self.family.first_cut:
+            door = self.standing.get(stage.placement)
+            if door is None:
                 raise ValueError(
-                    f"layer must be at least {self.family.first_cut} in this {self.family.name} model (DeepStack adds features "
-                    f"before it), got {stage.layer!r}"
+                    f"placement of {name} must be one of {', '.join(self.standing)} in {self.family.name} models, got "
+                    f"{stage.placement!r}"
                 )
+            at = door.at(stage)
+            if not at:
+                door = next(iter(self.standing.values()))  # before the first layer is before the language model
             if not set(stage.kinds) & set(self.family.modalities):
                 takes = ", ".join(self.family.modalities)
                 raise ValueError(f"{name} compresses {', '.join(stage.kinds)} items, {self.family.name} models take {takes}")
             if stage.is_identity:
                 continue
-            reads = [self.resolve(name, one, layer) for one in stage.reads]
-            if "positions" in reads:
-                self.rotary = self.rotary or Rotary.of(self.family.text.rotary_emb)
+            placed = Placed(stage, tuple(self.resolve(name, one, door, at) for one in stage.reads))
+            if any(set(names) & set(signals.of_source("rotary")) for names, _ in placed.reads):
+                self.rotary = self.rotary or Rotary.of(self.family.stack.rotary_emb)
                 stage.check_sections(self.rotary.sections)
-            (self.plan.stages.setdefault(layer, []) if layer else self.prefill).append(stage)
-            known = self.plan.reads.setdefault(layer, [])
-            known.extend(r for r in reads if r not in ("", "crops", *known))
-            wanted.update(known)
-        self.encoder_reads = [r for r in ("cls_logits", "keys", "tower") if r in wanted]
-        encoder = self.family.tower(self.family.core, self.family.modalities[0])
-        for part, taps in ((encoder, {"cls_logits", "keys"}), (self.family.text, set(ATTENTION))):
-            backend = getattr(part.config, "_attn_implementation", None) if part is not None else None
-            if wanted & taps and backend not in BACKENDS:
-                raise ValueError(
-                    f"attn_implementation must be one of {', '.join(BACKENDS)} to read {sorted(wanted & taps)}, got {backend!r}"
-                )
+            door.put(at, placed)
 
-    @staticmethod
-    def layer(layer: int | float | None, depth: int) -> int:
-        if layer is None:
-            return 0
-        at = layer if isinstance(layer, int) else max(1, int(layer * depth))
-        if not 0 <= at < depth:
-            raise ValueError(f"layer must be below the model's {depth} decoder layers, got {layer!r}")
-        return at
-
-    def resolve(self, name: str, wanted: str, layer: int) -> str:
-        rotary = ("positions",) if hasattr(self.family.text, "rotary_emb") else ()
-        offered = (*self.family.signals(), *self.anywhere, *rotary, *(ATTENTION if layer else ()))
-        for one in wanted.split("|"):
-            if one in offered or not one:  # "a|": without a, nothing
-                return one
-        place = f"layer {layer}" if layer else "prefill"
-        raise ValueError(
-            f"{name} reads the signal {wanted.replace('|', ' or ')!r}, which {self.family.name} models lack at {place}; "
-            f"offered: {', '.join(offered)}"
-        )
+    def resolve(self, name: str, wanted: str, door: Any, at: int) -> tuple[tuple[str, ...], bool]:
+        """The names among "a|b" that this place offers, and whether the method does without ("a|")."""
+        rotary = ("rotary",) if hasattr(self.family.stack, "rotary_emb") else ()
+        offered = (*self.family.signals(), *signals.of_source(*self.anywhere, *rotary, *(door.sources if at else ())))
+        names = wanted.split("|")
+        served = tuple(one for one in names if one in offered)
+        if not served and "" not in names:
+            place = f"layer {at}" if at else "prefill"
+            raise ValueError(
+                f"{name} reads the signal {wanted.replace('|', ' or ')!r}, which {self.family.name} models lack at {place}; "
+                f"offered: {', '.join(offered)}"
+            )
+        return served, "" in names
 
     # installing
 
+    def wrap(self, module: nn.Module, name: str, handler: str, *key: Any) -> None:
+        self.wrappers.append(Wrapped(module, name, self, handler, *key))
+
+    def tap(self, module: nn.Module) -> None:
+        """Let this attention module be listened to."""
+        self.wrap(module, place_of(module), "on_attention")
+
     def install(self) -> None:
-        wrap = lambda module, name, make: self.wrappers.append(Wrapper(module, name, make, self))  # noqa: E731
-        family, core = self.family, self.family.core
         try:
-            wrap(core, "forward", self.on_core)
-            for kind in family.modalities:
-                if hasattr(core, f"get_{kind}_features"):
-                    wrap(core, f"get_{kind}_features", lambda module, original, kind=kind: self.on_features(kind, original))
-            if "tower" in self.encoder_reads and (projector := family.projector(core, family.modalities[0])) is not None:
-                wrap(projector, "forward", self.on_projector)
-            wrap(family.text, "forward", self.on_text)
-            if self.rotary is not None:
-                wrap(family.text.rotary_emb, "forward", self.on_rotary)
-            if self.plan.stages:
-                for i, layer in enumerate(family.layers):
-                    wrap(layer, "forward", lambda module, original, i=i: self.on_layer(i, original))
-            self.forward_wrappers = list(self.wrappers)
-            wrap(self.model, "prepare_inputs_for_generation", self.on_prepare)
-            wrap(self.model, "generate", self.on_generate)
-            if family.per_item:
-                wrap(self.model, "_expand_inputs_for_generation", self.on_expand)
+            self.put_wrappers()
+            self.own()
         except BaseException:
-            self.uninstall()
+            self.remove()
             raise
+
+    def put_wrappers(self) -> None:
+        family, core = self.family, self.family.core
+        self.refuse_replicas(core)
+        self.wrap(core, "forward", "on_core")
+        for kind in family.modalities:
+            if hasattr(core, f"get_{kind}_features"):
+                self.wrap(core, f"get_{kind}_features", "on_features", kind)
+        self.wrap_encoders(core)
+        self.wrap(family.text, "forward", "on_text")
+        if self.rotary is not None:
+            self.wrap(family.stack.rotary_emb, "forward", "on_rotary")
+        for door in self.standing.values():
+            door.wrap()
+        self.wrap_generation()
+
+    def wrap_encoders(self, core: nn.Module) -> None:
+        """Tap the encoders of which a stage reads attention, and the projectors of which one reads inputs."""
+        read = [signals.known()[name] for name in self.encoder_reads]
+        towers = {id(t): t for k in self.family.modalities if (t := self.family.tower(core, k)) is not None}
+        if any(one.attention for one in read):
+            for tower in towers.values():
+                found = tappable(last_block(tower))
+                if not found:
+                    raise ValueError(
+                        f"the encoder must take its attention from transformers' attention functions to read {self.encoder_reads}, "
+                        f"got {type(tower).__name__}"
+                    )
+                for module in found:
+                    self.tap(module)
+        if any(one.projector for one in read):
+            projectors = {id(p): p for k in self.family.modalities if (p := self.family.projector(core, k)) is not None}
+            for projector in projectors.values():
+                self.wrap(projector, "forward", "on_projector")
+
+    def refuse_replicas(self, core: nn.Module) -> None:
+        for module in {id(self.model): self.model, id(core): core}.values():
+            self.wrap(module, "_replicate_for_data_parallel", "on_replicate")
+
+    def own(self) -> None:
+        """Make the compressor a part of the model: its parameters, mode, device and dtype are the model's from here on."""
+        parameter = next(self.family.stack.parameters(), None)
+        if parameter is not None and parameter.device.type != "meta":
+            self.compressor.to(parameter.device)
+        self.model.add_module("mmcompress", self.compressor)
 
     def uninstall(self) -> None:
         for wrapper in self.wrappers:  # all or nothing
             wrapper.check()
+        self.running.wait(WAIT)
+        self.remove()
+
+    def keep_config(self) -> None:
+        """Name the compressor in the model's configuration, which transformers saves, until it is taken out."""
+        self.config_before = self.model.config.__dict__.get("mmcompress", MISSING)
+        self.model.config.mmcompress = self.compressor.config()
+        for model in {id(m): m for m in (self.model, self.outer)}.values():
+            if hasattr(model, "save_pretrained"):
+                self.wrap(model, "save_pretrained", "on_save")
+
+    def on_save(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The compressor is saved beside the model or adapter."""
+        from mmcompress.io import save_pretrained
+
+        out = wrapped.original(*args, **kwargs)
+        given = bound(wrapped.module, "save_pretrained", args, kwargs)
+        if given.get("is_main_process", True):
+            save_pretrained(self.compressor, given["save_directory"])
+        return out
+
+    def remove(self) -> None:
+        if self.config_before is not None:
+            if self.config_before is MISSING:
+                self.model.config.__dict__.pop("mmcompress", None)
+            else:
+                self.model.config.mmcompress = self.config_before
+            self.config_before = None
         while self.wrappers:
             self.wrappers[-1].undo()
             self.wrappers.pop()
-        self.forward_wrappers = []
-
-    def resume(self) -> None:
-        for w in self.forward_wrappers:
-            w.resume()
-
-    def pause(self) -> None:
-        """Leave decode steps to the stock graph; layer stages need their masks in every step."""
-        if not self.plan.stages:
-            for w in self.forward_wrappers:
-                w.pause()
+        if self.model._modules.get("mmcompress") is self.compressor:
+            del self.model._modules["mmcompress"]
+        self.licence.valid = False
 
     # the wrappers
 
-    def on_core(self, core: nn.Module, forward: Callable) -> Callable:
-        def run(*args, **kwargs):
-            if args:
-                kwargs = {**inspect.signature(type(core).forward).bind(core, *args, **kwargs).arguments, **kwargs}
-                kwargs.update(kwargs.pop("kwargs", {}))
-                kwargs.pop("self")
-            ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                if mask is not None and not self.generating:
-                    raise ValueError(
-                        "attention_mask must be 2-D [batch, columns] while a compressor is installed, got a prepared mask"
-                    )
-                mask = self.mask2d if self.generating else None
-            call = Call(kwargs, ids, mask)
-            self.calls.append(call)
-            try:
-                with self.encoder_tap(core, call):
-                    return forward(**kwargs)
-            finally:
-                self.calls.pop()
-
-        return run
-
-    def encoder_tap(self, core: nn.Module, call: Call) -> contextlib.AbstractContextManager:
-        kinds = self.family.kinds(call)
-        if not kinds or not {"cls_logits", "keys"} & set(self.encoder_reads):
-            return contextlib.nullcontext()
-        towers = [t for k in kinds if (t := self.family.tower(core, k)) is not None]
-
-        def see(module, q, k, mask, scaling):
-            call.attention.setdefault(call.kind or kinds[0], []).append((q, k))
-
-        return watch([last_block(t) for t in towers], see)
-
-    def on_features(self, kind: str, original: Callable) -> Callable:
-        def run(*args, **kwargs):
-            call = self.calls[-1] if self.calls else None
-            if call is None or call.kind is not None:  # called by the user, or from another get_*_features
-                return original(*args, **kwargs)
-            call.kind = kind
-            try:
-                call.features[kind] = out = original(*args, **kwargs)
-            finally:
-                call.kind = None
-            return out
-
-        return run
-
-    def on_projector(self, projector: nn.Module, forward: Callable) -> Callable:
-        def run(x, *args, **kwargs):
-            if self.calls:
-                call = self.calls[-1]
-                call.tower.setdefault(call.kind or self.family.kinds(call)[0], []).append(x)
-            return forward(x, *args, **kwargs)
-
-        return run
-
-    def on_text(self, text: Any, forward: Callable) -> Callable:
-        def run(**kw):
-            if not self.calls:
-                return forward(**kw)
-            call, cache, x = self.calls[-1], kw.get("past_key_values"), kw["inputs_embeds"]
-            items, samples = self.find_items(call, x)
-            if items:
-                self.items = items
-                self.ledger.samples.extend(samples[b] for b in sorted(samples))
-            if not items or not (self.prefill or self.plan.stages):
-                return self.plain(call, kw, forward)
-            B, S = x.shape[:2]
-            past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
-            position = kw.get("position_ids")
-            if position is None:
-                position = torch.arange(seen, seen + S, device=x.device)[None]
-            position = position.expand(*position.shape[:-2], B, S)
-            turn = None
-            if self.rotary is not None:
-                self.rotary.offer(items, position)
-                turn = functools.partial(self.rotary.turn, text.rotary_emb, longest=axes(position).amax((1, 2)))
-            x, keep = run_stages(self.prefill, items, x, self.plan.reads.get(0, []))
-            valid = keep if call.mask is None else keep & call.mask[:, -S:].bool()
-            left = call.mask is None or bool(call.mask[:, -1].all())
-            index, real = pack(valid, left)
-            source = packed_column(valid, real, left)
-            for item in items:
-                item.move(source)
-            for b, count in samples.items():
-                count.rows_from[0] = int(real[b].sum())
-            keys = torch.cat([self.physical_mask(call, cache, B, S)[:, :-S].bool(), real], 1)
-            kw = gather_extra(kw, index, valid, real)
-            kw["inputs_embeds"] = rows(x, index)
-            kw["position_ids"] = position.gather(-1, index.expand(*position.shape[:-1], index.shape[1]))
-            kw["attention_mask"] = text_mask(text, kw, keys)
-            if turn is not None and "positions" in self.plan.reads.get(0, []):
-                call.turned = turn(items=items, like=x)
-            states = [PromptState(0, seen + S, keys)]
-            if self.plan.stages:
-                extra = max(0, seen + S - self.prompt) if self.generating else 0
-                step = Step(self.plan, cache, keys, past, left, items, samples, extra, turn)
-                with step.tap(text.layers):
-                    out = forward(**kw, mmcompress_step=step)
-                out = step.leave(out, states)
-            else:
-                out = forward(**kw)
-            if (cache := out.get("past_key_values")) is not None:
-                remember(cache, states)
-            return restore(out, source)
-
-        return run
-
-    def physical_mask(self, call: Call, cache: Any, B: int, S: int) -> Tensor:
-        """The 2-D mask [B, past + S] over the rows that layer 0 holds. While generating, `on_prepare` has converted it
-        already."""
-        states = states_of(cache)
-        if call.mask is not None and (self.generating or not states):
-            return call.mask
-        mask = call.mask
-        if mask is None:
-            seen = 0 if cache is None else int(cache.get_seq_length())
-            mask = torch.ones(B, seen + S, dtype=torch.long, device=self.model.device)
-        return physical(states, mask, 0)
-
-    def plain(self, call: Call, kw: dict, forward: Callable) -> Any:
-        """Text only, a decode step, or nothing to drop: the stock call, with the mask that fits what the cache holds."""
-        cache = kw.get("past_key_values")
-        if not any(s.length for s in states_of(cache)):
-            return forward(**kw)
-        B, S = kw["inputs_embeds"].shape[:2]
-        mask = self.physical_mask(call, cache, B, S)
-        if not self.generating or call.mask is None:
-            kw["attention_mask"] = mask
-        if self.plan.stages:
-            kw["mmcompress_step"] = Step(self.plan, cache, mask)
-        return forward(**kw)
-
-    def on_rotary(self, rotary: nn.Module, forward: Callable) -> Callable:
-        """In the text model's own call, turn the tokens that carry several positions."""
-
-        def run(x, position_ids):
-            turned = self.calls[-1].turned if self.calls else None
-            if turned is None:
-                return forward(x, position_ids)
-            self.calls[-1].turned = None
-            last = turned.longest[-len(position_ids) :, None, None] if position_ids.dim() == 3 else turned.longest[:1, None]
-            cos, sin = forward(x, torch.cat([position_ids, last.expand(*position_ids.shape[:-1], 1)], -1))
-            return turned.put((cos[:, :-1], sin[:, :-1]))
-
-        return run
-
-    def on_layer(self, i: int, forward: Callable) -> Callable:
-        def run(hidden, *args, **kw):
-            step = kw.pop("mmcompress_step", None)
-            if step is not None and self.plan.at(i) is not None:
-                hidden = step.enter(i, hidden, kw, self.family.text.config)
-            return forward(hidden, *args, **kw)
-
-        return run
-
-    # items and stages
-
-    def find_items(self, call: Call, x: Tensor) -> tuple[list[Item], dict[int, SampleCount]]:
-        """The items of this call, and one count per batch row that holds some."""
-        B, S = x.shape[:2]
-        kinds = self.family.kinds(call)
-        if not kinds:
-            return [], {}
-        if call.ids is None:
-            raise ValueError(
-                "input_ids must be given together with pixels or sound while a compressor is installed, got inputs_embeds only"
-            )
-        if tuple(call.ids.shape) != (B, S):
-            raise ValueError(f"input_ids must hold one id per row of the text model {(B, S)}, got {tuple(call.ids.shape)}")
-        host = call.ids.cpu()
-        real = torch.full((B,), S) if call.mask is None else call.mask[:, -S:].sum(1).cpu()
-        items: list[Item] = []
-        samples: dict[int, SampleCount] = {}
-        for kind in kinds:
-            flat: dict[str, Tensor] | None = None
-            for spec, at in self.places(call, kind, host):
-                b = int(at[0]) // S
-                if int(at[-1]) // S != b:
-                    raise ValueError(
-                        f"every {kind} item must lie within its sample, one of {spec.num_rows} rows leaves sample {b}"
-                    )
-                if flat is None:
-                    flat = {r: self.family.signal(call, kind, r) for r in self.encoder_reads}
-                items.append(self.item(spec, b, at % S, x, flat))
-                count = samples.setdefault(b, SampleCount(int(real[b])))
-                items[-1].count = ItemCount(kind, len(spec.rows), spec.num_rows - len(spec.rows), {0: len(spec.rows)})
-                count.items.append(items[-1].count)
-        if items and any("text" in r for r in self.plan.reads.values()):
-            text = self.text_rows(call, x, host)
-            for item in items:
-                item.signals["text"] = text[item.sample]
-        return items, samples
-
-    def places(self, call: Call, kind: str, host: Tensor) -> list[tuple[ItemSpec, Tensor]]:
-        """Every item of a kind with the flat places of its rows in ids [B, S]."""
-        place = torch.eq(host, self.family.placeholder(kind)).flatten().nonzero()[:, 0]
-        if not len(place):
-            return []
-        specs = self.family.specs(call, kind, len(place)) or runs(kind, place, host.shape[1])
-        if sum(s.num_rows for s in specs) != len(place):
-            raise ValueError(
-                f"the {kind} features stand for {sum(s.num_rows for s in specs)} rows, input_ids hold {len(place)} placeholders"
-            )
-        return list(zip(specs, place.split([s.num_rows for s in specs]), strict=True))
-
-    def item(self, spec: ItemSpec, b: int, columns: Tensor, x: Tensor, flat: dict[str, Tensor]) -> Item:
-        if flat and spec.source is None:
-            raise ValueError(f"{self.family.name} models cannot tell which encoder outputs belong to this {spec.kind}")
-        signals = {name: value[spec.source.to(value.device)] for name, value in flat.items()}  # type: ignore[union-attr]
-        n = torch.arange(len(spec.rows), device=x.device)
-        separator = torch.ones(spec.num_rows, dtype=torch.bool)
-        separator[spec.rows] = False
-        return Item(
-            sample=b,
-            kind=spec.kind,
-            layout=spec.layout,
-            position=spec.position.to(x.device),
-            group=spec.group.to(x.device),
-            columns=columns[spec.rows].to(x.device),
-            anchor=n,
-            assignment=n,
-            size=torch.ones(len(n), device=x.device),
-            separators=columns[separator].to(x.device),
-            signals=signals,
+    def on_replicate(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        raise ValueError(
+            "model must not be in nn.DataParallel while a compressor is installed, its replicas share one state: use "
+            "DistributedDataParallel (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one device"
         )
 
-    def text_rows(self, call: Call, x: Tensor, host: Tensor) -> list[Tensor]:
-        """Embeddings of each sample's own text [T, D]."""
-        text = torch.ones_like(host, dtype=torch.bool)
-        for kind in self.family.modalities:
-            text &= host != self.family.placeholder(kind)
-        if call.mask is not None:
-            text &= call.mask[:, -x.shape[1] :].bool().cpu()
-        return [x[b, row.nonzero()[:, 0].to(x.device)] for b, row in enumerate(text)]
+    def on_core(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        kw = {**dict(zip(self.core_names, args, strict=False)), **kwargs}
+        return wrapped.original(**kw) if self.is_decode(kw) else self.observe(wrapped, kw)
 
-    # generate
+    def is_decode(self, kw: dict[str, Any]) -> bool:
+        """Whether this is one new row on a cache that needs nothing from the seam: the stock graph runs, compiled or not."""
+        ids = kw.get("input_ids")
+        cache = compat.cache_of(kw)
+        if ids is None or cache is None or ids.shape[1] != 1 or kw.get("mmcompress") is not None:
+            return False
+        for name in self.item_names:
+            if kw.get(name) is not None:
+                return False
+        states = getattr(cache, "reduced", None)
+        if states is None or len(states) == 0:
+            return True
+        if len(states) > 1 or not cache.licence.valid:
+            return False
+        mask = kw.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask.shape[1] == int(cache.get_query_offset()) + 1
+        return mask is not None or states[0].whole
 
-    def on_prepare(self, model: nn.Module, prepare: Callable) -> Callable:
-        def run(input_ids, *args, **kw):
-            cache, mask = kw.get("past_key_values"), kw.get("attention_mask")
-            if mask is not None and mask.ndim == 2:
-                if states_of(cache):
-                    kw["attention_mask"] = mask = physical(states_of(cache), mask, 0)
-                self.mask2d = mask
-            if kw.get("is_first_iteration") or cache is None:  # cache is None: use_cache=False, every step is a prefill
-                self.resume()
-            else:
-                self.pause()
-            return prepare(input_ids, *args, **kw)
-
-        return run
-
-    def on_expand(self, model: nn.Module, expand: Callable) -> Callable:
-        """Beams of one sample get all its items: transformers repeats features item by item, which mixes up the items
-        of a prompt with several."""
-
-        def run(expand_size=1, is_encoder_decoder=False, input_ids=None, **kw):
-            ids, out = expand(expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kw)
-            call = Call(kw, input_ids, kw.get("attention_mask"))
-            if expand_size > 1 and input_ids is not None:
-                for kind in self.family.kinds(call):
-                    owner = [int(at[0]) // input_ids.shape[1] for _, at in self.places(call, kind, input_ids.cpu())]
-                    order = sorted(
-                        range(len(owner) * expand_size),
-                        key=lambda i: (owner[i // expand_size], i % expand_size, i // expand_size),
-                    )
-                    for name in self.family.per_item[kind]:
-                        if isinstance(value := out.get(name), Tensor):
-                            if len(value) != len(order):
-                                raise ValueError(
-                                    f"{name} must hold one entry per item for several answers to a prompt: "
-                                    f"{len(order) // expand_size} items in input_ids, got {len(value) // expand_size}"
-                                )
-                            out[name] = value[order]
-            return ids, out
-
-        return run
-
-    def on_generate(self, model: nn.Module, generate: Callable) -> Callable:
-        def run(*args, **kw):
-            config = kw.get("generation_config")
-            if kw.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+    @torch.compiler.disable
+    def observe(self, wrapped: Wrapped, kw: dict[str, Any]) -> Any:
+        """Call the core, knowing what goes in. Under torch.compile it runs as it stands, with all that it calls."""
+        kw.pop("mmcompress", None)  # of a `generate` whose preparation is another library's
+        ids, cache = kw.get("input_ids"), compat.cache_of(kw)
+        prepared = take_prepared(self, ids if ids is not None else kw.get("inputs_embeds"))
+        mask = kw.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            if prepared is None:
                 raise ValueError(
-                    "prefill_chunk_size must be None while a compressor is installed: later chunks would lose the pixels"
+                    "attention_mask must be 2-D [batch, columns] while a compressor is installed, got a prepared mask"
                 )
-            if kw.get("assistant_model") is not None:
-                raise ValueError(
-                    "assistant_model must be None while a compressor is installed (prompt_lookup_num_tokens works)"
+            mask = prepared.mask
+        elif prepared is None and is_reduced(cache):
+            mask = self.physical_mask(mask, cache, ids if ids is not None else kw["inputs_embeds"])
+            if self.family.axes == 1:  # m-RoPE's positions follow the mask of all columns
+                kw["attention_mask"] = mask
+        if is_reduced(cache):
+            cache.licence = self.licence
+        call = Call(self, kw, ids, mask, prepared is not None, prepared.extra if prepared is not None else 0)
+        for kind, out in compat.encoded_ahead(kw).items():
+            note: Encoded | None = getattr(out, NOTE, None)
+            call.encoded[kind] = note or Encoded({}, True, feature_lengths(out))
+            call.encoded[kind].output = out
+            if (order := getattr(out, f"{NOTE}_order", None)) is not None:
+                call.order[kind] = order
+        with self.running.one(), running(call):
+            out = wrapped.original(**kw)
+        if not call.answered and self.acts and (call.encoded or self.family.kinds(call)):
+            raise RuntimeError(
+                f"{type(self.model).__name__} under {compat.installed()} took items, but its text model "
+                f"{type(self.family.text).__name__} did not run in this call: nothing was compressed (looked for a call of "
+                f"{type(self.family.text).__name__}.forward)"
+            )
+        return out
+
+    def physical_mask(self, mask: Tensor | None, cache: Any, like: Tensor) -> Tensor:
+        """The 2-D mask [B, past + S] over the rows that layer 0 holds, from one over all columns, over these rows, or None."""
+        B, S = like.shape[:2]
+        past, seen = int(cache.get_query_offset()), int(cache.get_seq_length())
+        if mask is None:
+            mask = torch.ones(B, seen + S, dtype=torch.long, device=like.device)
+        elif mask.shape[1] == past + S and past != seen:
+            return mask
+        elif mask.shape[1] != seen + S:
+            raise ValueError(
+                f"attention_mask must have one column for each of the {seen + S} tokens that the cache and this call hold, got "
+                f"{mask.shape[1]}"
+            )
+        return physical(states_of(cache), mask, 0)
+
+    def on_attention(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return run_tapped(wrapped, args, kwargs)
+
+    def on_features(self, wrapped: Wrapped, kind: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call = current(self)
+        if torch.compiler.is_compiling() or (call is not None and call.kind is not None):  # from another get_*_features
+            return wrapped.original(*args, **kwargs)
+        given = bound(wrapped.module, wrapped.name, args, kwargs)
+        seen = Encoded(given, ahead=call is None)
+        if call is None:  # `generate` encodes before it prepares the first forward, or a user asks
+            call = Call(self, given, None, None)
+        call.encoded[kind], call.kind = seen, kind
+        try:
+            with running(call), self.hearing(call, kind):
+                out = wrapped.original(*args, **kwargs)
+        finally:
+            call.kind = None
+        seen.lengths = feature_lengths(out)  # as they are now: several answers to a prompt repeat the output in place
+        if not seen.tower:
+            seen.tower = feature_rows(out)
+        if seen.ahead:
+            with contextlib.suppress(AttributeError):  # a tuple or tensor of an older form: lengths are read from it again
+                setattr(out, NOTE, seen)
+        else:
+            seen.output = out
+        return out
+
+    def hearing(self, call: Call, kind: str) -> contextlib.AbstractContextManager:
+        """Note the attention of the encoder that runs."""
+        if not any(signals.known()[name].attention for name in self.encoder_reads):
+            return contextlib.nullcontext()
+        tower = self.family.tower(self.family.core, kind)
+        inside = {id(m) for m in last_block(tower).modules()} if tower is not None else set()
+
+        def hear(module: nn.Module, seen: Attention) -> None:
+            if id(module) in inside:
+                call.of(kind).attention.append(Attention(seen.q.detach(), seen.k.detach(), scaling=seen.scaling))
+
+        return listening(hear)
+
+    def on_projector(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call = current(self)
+        if call is not None:
+            kinds = [call.kind] if call.kind else self.family.kinds(call)
+            if kinds:
+                call.of(kinds[0]).tower.append((args[0] if args else next(iter(kwargs.values()))).detach())
+        return wrapped.original(*args, **kwargs)
+
+    def on_text(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call = current(self)
+        if call is None or call.answered:
+            return wrapped.original(*args, **kwargs)
+        call.answered = True
+        kw = dict(bound(wrapped.module, "forward", args, kwargs))
+        cache, x = compat.cache_of(kw), kw.get("inputs_embeds")
+        if x is None:
+            if self.acts and self.family.kinds(call):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} under {compat.installed()} did not hand inputs_embeds to its text model: nothing "
+                    "could be compressed"
                 )
-            ids = next((i for i in (kw.get("input_ids"), kw.get("inputs"), *args[:1]) if isinstance(i, Tensor)), None)
-            self.prompt = 0 if ids is None else ids.shape[1]
-            self.generating = True  # masks are physical already, the text wrapper must not convert them again
-            try:
-                return generate(*args, **kw)
-            finally:
-                self.generating, self.mask2d = False, None
-                self.resume()
+            return wrapped.original(**kw)
+        items, samples = find_items(self.family, call, x, self.encoder_reads, self.text_reads)
+        call.counted = len(items)
+        if self.acts:
+            check_found(self.family, call, items, self.model)
+        if items and self.acts:
+            frame = self.frame(call, kw, x, items, samples, cache)
+            out = self.reduced(wrapped, frame)
+        else:
+            out = self.plain(wrapped, call, kw, cache, x)
+        if items:
+            self.items = items
+            kept = compat.cache_of(out) if hasattr(out, "get") else None
+            self.ledger.add((samples[b] for b in sorted(samples)), x.element_size(), cache=() if kept is None else kept)
+        return out
 
-        return run
+    def frame(
+        self, call: Call, kw: dict[str, Any], x: Tensor, items: list[Item], samples: dict[int, SampleCount], cache: Any
+    ) -> Frame:
+        B, S = x.shape[:2]
+        past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
+        position = kw.get("position_ids")
+        if position is None:
+            position = torch.arange(seen, seen + S, device=x.device)[None]
+        position = position.expand(*position.shape[:-2], B, S)
+        turn = None
+        if self.rotary is not None:
+            self.rotary.offer(items, position)
+            turn = functools.partial(self.rotary.turn, self.family.stack.rotary_emb, longest=axes(position).amax((1, 2)))
+        pattern = Pattern.of(kw, self.family.stack.config, past)
+        if pattern.samples is not None and (odd := self.prompt_reads()):
+            raise ValueError(
+                f"position_ids must not restart (packed samples) while a stage reads {', '.join(odd)}, which belong to one prompt: "
+                "pad the samples instead"
+            )
+        left = call.mask is None or bool(call.mask[:, -1].all())
+        held = x.new_ones(B, past, dtype=torch.bool) if call.mask is None else (call.mask[:, :-S] != 0).to(x.device)
+        if held.shape[1] != past:
+            held = torch.nn.functional.pad(held, (past - held.shape[1], 0), value=True)  # a prefix that the mask leaves out
+        keep = torch.ones(B, S, dtype=torch.bool, device=x.device)
+        return Frame(call, kw, x, items, samples, cache, past, seen, position, pattern, left, keep, held, turn)
 
+    def prompt_reads(self) -> list[str]:
+        """Signals read by some stage that are about the prompt's text."""
+        wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
+        return sorted(n for n in wanted if signals.known()[n].needs_text)
 
-def text_mask(text: nn.Module, kw: dict, keys: Tensor) -> Any:
-    """A fresh mask for the reduced rows: 2-D where one came in (never None: gaps in the positions would look like
-    packed sequences), else the model's own builder."""
-    mask = kw.get("attention_mask")
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
-        return keys.long()
-    from transformers.masking_utils import create_masks_for_generate
+    def reduced(self, wrapped: Wrapped, frame: Frame) -> Any:
+        """The text model's call with fewer rows, its output with as many as before."""
+        call, kw, S = frame.call, frame.kw, frame.x.shape[1]
+        held_in = [int(n) for n in frame.held.sum(1)] if frame.past else None
+        for b, count in frame.samples.items():
+            if held_in is not None:
+                count.past[0] = held_in[b]
+        tail = S - 1 - max(int(torch.cat([i.columns, i.separators]).max()) for i in frame.items if len(i.columns))
+        for door in self.standing.values():
+            door.before(frame)
+        valid = frame.keep if call.mask is None else frame.keep & (call.mask[:, -S:] != 0).to(frame.keep.device)
+        frame.index, frame.real = pack(valid, frame.left)
+        frame.source = packed_column(valid, frame.real, frame.left)
+        for item in frame.items:
+            item.move(frame.source)
+        for b, count in frame.samples.items():
+            count.rows_from[0] = int(frame.real[b].sum())
+        frame.keys = torch.cat([frame.held, frame.real], 1)
+        given = ("inputs_embeds", "attention_mask", "position_ids", *compat.CACHE_NAMES)
+        frame.kw = kw = gather_extra(kw, frame.index, valid, frame.real, given)
+        if "logits_to_keep" in kw:  # some text models cut their own rows by it; the caller still does
+            kw["logits_to_keep"] = 0
+        kw["inputs_embeds"] = rows(frame.x, frame.index)
+        index = frame.index.to(frame.position.device)
+        kw["position_ids"] = frame.position.gather(-1, index.expand(*frame.position.shape[:-1], index.shape[1]))
+        pattern = frame.pattern.among(frame.index) if frame.pattern else frame.pattern
+        kw["attention_mask"] = text_mask(self.family.stack.config, kw, frame.keys, pattern, frame.past)
+        frame.states = [PromptState(0, frame.seen + S, frame.keys, tail=tail if frame.left else 0)]
+        for door in self.standing.values():
+            door.enter(frame)
+        with frame.contexts:
+            out = wrapped.original(**frame.kw)
+        for door in reversed(self.standing.values()):
+            out = door.leave(frame, out)
+        if call.turned is not None:
+            raise RuntimeError(
+                f"the text model of {type(self.model).__name__} under {compat.installed()} did not call its rotary_emb: carried "
+                "positions were not applied"
+            )
+        for item in frame.items:
+            item.forget()
+        if (kept := compat.cache_of(out)) is not None:
+            remember(kept, frame.states, self.licence)
+            for seen in call.encoded.values():
+                seen.attention, seen.tower = [], []
+        return restore(out, frame.source)
 
-    config: Any = text.config
-    cache = kw.get("past_key_values")
-    return create_masks_for_generate(
-        config=config, inputs_embeds=kw["inputs_embeds"], attention_mask=keys.long(), past_key_values=cache, position_ids=None
-    )
+    def plain(self, wrapped: Wrapped, call: Call, kw: dict[str, Any], cache: Any, x: Tensor) -> Any:
+        """Text only, a decode step, or nothing to drop: the stock call, with the mask that fits what the cache holds."""
+        if not is_reduced(cache):
+            return wrapped.original(**kw)
+        mask = call.mask
+        if mask is None:
+            mask = self.physical_mask(None, cache, x)
+        given = kw.get("attention_mask")
+        if given is None or (isinstance(given, Tensor) and given.ndim == 2):
+            kw["attention_mask"] = mask
+        elif not call.generating:  # made by the core from a mask over all columns
+            past = int(cache.get_query_offset())
+            kw["attention_mask"] = text_mask(
+                self.family.stack.config, kw, mask != 0, Pattern.of(kw, self.family.stack.config, past), past
+            )
+        for door in self.standing.values():
+            door.later(kw, cache, mask)
+        return wrapped.original(**kw)
 
+    def on_rotary(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """In the text model's own call, turn the tokens that carry several positions."""
+        call = current(self)
+        turned = call.turned if call is not None else None
+        if turned is None:
+            return wrapped.original(*args, **kwargs)
+        call.turned = None  # type: ignore[union-attr]
+        kw = dict(bound(wrapped.module, "forward", args, kwargs))
+        x, position_ids = kw.pop("x"), kw.pop("position_ids")
+        last = turned.longest[-len(position_ids) :, None, None] if position_ids.dim() == 3 else turned.longest[:1, None]
+        cos, sin = wrapped.original(x, torch.cat([position_ids, last.expand(*position_ids.shape[:-1], 1)], -1), **kw)
+        return turned.put((cos[:, :-1], sin[:, :-1]))
 
-def gather_extra(kw: dict, index: Tensor, valid: Tensor, real: Tensor) -> dict:
-    """Every other sequence-aligned argument loses the same columns, and DeepStack's features the same visual rows."""
-    done = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "visual_pos_masks")
-
-    def aligned(v: Any) -> bool:
-        return isinstance(v, Tensor) and v.dim() > 1 and v.shape[:2] == valid.shape
-
-    if (visual := kw.get("visual_pos_masks")) is not None:
-        kept = valid[visual]
-        deep = [level[kept] for level in kw.get("deepstack_visual_embeds") or ()]
-        kw = {**kw, "visual_pos_masks": rows(visual, index) & real, "deepstack_visual_embeds": deep}
-    return {k: rows(v, index) if k not in done and aligned(v) else v for k, v in kw.items()}
+    def on_layer(self, wrapped: Wrapped, i: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        step = kwargs.pop(STEP, None)
+        if step is None:
+            return wrapped.original(*args, **kwargs)
+        return step.run(wrapped, i, args, kwargs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmcompress.models import signals
-from mmcompress.models.generic import Call, Family
+from mmcompress.models.call import Call
+from mmcompress.models.generic import Family
+from mmcompress.models.wrap import base_model
 
 
 class Whisper(Family):
@@ -18,10 +18,11 @@ class Whisper(Family):
     notes = "encoder-decoder: cross-attention reads the reduced sequence; before the decoder only"
 
     def __init__(self, model: Any):
-        super().__init__(model)
+        self.core = getattr(base_model(model), "model", None)
         if not isinstance(getattr(self.core, "encoder", None), nn.Module):
             raise ValueError(f"model must be a Whisper with its encoder, got {type(model).__name__}")
-        self.text = self.core.decoder
+        self.config = self.core.config
+        self.text = self.stack = self.core.decoder
         self.layers = self.text.layers
 
     @property
@@ -33,5 +34,5 @@ class Whisper(Family):
     def tower(self, core: nn.Module, kind: str) -> nn.Module | None:
         return core.encoder  # type: ignore[return-value]
 
-    def signal(self, call: Call, kind: str, name: str) -> Tensor:
-        return torch.cat([signals.flat_keys(k) for _, k in call.attention[kind]])
+    def dropped_columns(self, call: Call, kind: str) -> int:
+        return 0

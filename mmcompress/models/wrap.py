@@ -1,84 +1,109 @@
-"""Instance wrappers: bound methods in a module's `__dict__`, undone exactly. Hooks and class changes are ignored by
-compiled models, these are not."""
+"""Instance wrappers: callables in a module's `__dict__` that stand before one of its methods, undone exactly. Hooks and class
+changes are ignored by compiled models, these are not."""
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 
-@torch.compiler.disable
-def _run(make: Callable, module: nn.Module, name: str, inherited: Callable | None, args: tuple, kwargs: dict) -> Any:
-    """Call a wrapper. Under torch.compile it runs as it stands, with all that it calls: traced, decoder stages were skipped
-    without a word. Decode steps carry no wrapper and stay compiled."""
-    original = inherited or inspect.getattr_static(type(module), name).__get__(module, type(module))
-    return make(module, original)(*args, **kwargs)
+class Wrapped:
+    """Stands in `module.__dict__[name]` and answers with `getattr(owner, handler)(self, *key, args, kwargs)`.
 
+    It holds references only, so that a deep copy or a pickle of the whole model has wrappers of its own, whose owner is the
+    copy's; a copy of a part of the model alone is the stock part. The handler runs as it stands under torch.compile: what must
+    not be traced says so itself.
+    """
 
-class Wrapper:
-    """One replaced method of one module. `make(original)` gives the replacement; `self` inside is whatever module (or
-    deep copy) is called."""
+    def __init__(self, module: nn.Module, name: str, owner: Any, handler: str, *key: Any):
+        self.module, self.name, self.owner, self.handler, self.key = module, name, owner, handler, key
+        self.inherited = module.__dict__.get(name)  # another library (accelerate) may have put one there
+        self.static = isinstance(inspect.getattr_static(type(module), name, None), staticmethod)
+        setattr(module, name, self)
 
-    def __init__(self, module: nn.Module, name: str, make: Callable[[nn.Module, Callable], Callable], owner: Any):
-        inherited = module.__dict__.get(name)  # another library (accelerate) may have put one there
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.owner is None:
+            return self.original(*args, **kwargs)
+        return getattr(self.owner, self.handler)(self, *self.key, args, kwargs)
 
-        @functools.wraps(getattr(type(module), name))  # keeps the signature for Trainer and generate
-        def method(self, *args, **kwargs):
-            return _run(make, self, name, inherited, args, kwargs)
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What stood here before."""
+        if self.inherited is not None:
+            return self.inherited(*args, **kwargs)
+        method = getattr(type(self.module), self.name)
+        return method(*args, **kwargs) if self.static else method(self.module, *args, **kwargs)
 
-        method.mmcompress = owner  # type: ignore[attr-defined]
-        self.module, self.name, self.inherited = module, name, inherited
-        self.bound = types.MethodType(method, module)  # bound: a deep copy binds to the copy
-        self.paused = False
-        setattr(module, name, self.bound)
+    @property
+    def __wrapped__(self) -> Any:  # keeps the signature for Trainer and generate
+        return self.inherited if self.inherited is not None else method_of(self.module, self.name)
 
-    def pause(self) -> None:
-        """Step aside for a while; stays where something else was wrapped around it since."""
-        if self.module.__dict__.get(self.name) is self.bound:
-            self._remove()
-            self.paused = True
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wrapped:
+        twin = memo[id(self)] = object.__new__(type(self))
+        state = dict(self.__dict__)
+        if self.owner is not None and id(self.owner.model) not in memo:  # a part of the model alone
+            state["owner"] = None
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
 
-    def resume(self) -> None:
-        """Back after `pause`."""
-        if self.paused:
-            setattr(self.module, self.name, self.bound)
-            self.paused = False
+    def replaced_by(self) -> Any:
+        """What was put in its place since, or None."""
+        now = self.module.__dict__.get(self.name)
+        return None if now is self else now
 
     def check(self) -> None:
         """Raise RuntimeError where something else was wrapped around it since: `undo` would take off the wrong layer."""
-        if not self.paused and self.module.__dict__.get(self.name) is not self.bound:
+        now = self.module.__dict__.get(self.name)
+        if now is not self and not self.is_stock(now):
             raise RuntimeError(f"{type(self.module).__name__}.{self.name} was wrapped again after compress_; undo that first")
+
+    def is_stock(self, now: Any) -> bool:
+        """Whether this is the class's own method, which some libraries (PEFT's prefix tuning) put back on the instance."""
+        own = inspect.getattr_static(type(self.module), self.name, None)
+        return isinstance(now, types.MethodType) and now.__self__ is self.module and now.__func__ is own
 
     def undo(self) -> None:
         """Remove it, bit for bit. Raises as `check` does."""
         self.check()
-        if self.paused:
-            self.paused = False
-        else:
-            self._remove()
-
-    def _remove(self) -> None:
+        if self.module.__dict__.get(self.name) is not self:
+            return  # the stock method stands there already
         if self.inherited is None:
             delattr(self.module, self.name)
         else:
             setattr(self.module, self.name, self.inherited)
 
 
+def bound(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module.name` by name."""
+    if not args:
+        return kwargs
+    out = {}
+    signature = inspect.signature(method_of(module, name))
+    for key, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        if signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
+            out.update(value)
+        else:
+            out[key] = value
+    return out
+
+
+def method_of(module: nn.Module, name: str) -> Any:
+    """The class's own method, bound to this module."""
+    return inspect.getattr_static(type(module), name).__get__(module, type(module))
+
+
+def first_parameter(module: nn.Module) -> str:
+    """The name of the first argument of a module's forward."""
+    return next(iter(inspect.signature(method_of(module, "forward")).parameters))
+
+
 def base_model(model: Any) -> Any:
     """The transformers model itself, inside a PEFT wrapper where there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def owner_of(module: nn.Module, name: str = "forward") -> Any:
-    """The seam that wrapped this module's method, or None."""
-    return getattr(module.__dict__.get(name), "mmcompress", None)
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """How much attention flows between the text and the visual columns of one layer (ToDRE, arXiv 2505.18757, stage 2)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,14 @@ ROWS = 256  # query rows at a time: [Hq, ROWS, M] probabilities
 
 
 def relevance(
-    q: Tensor, k: Tensor, visual: Tensor, text: Tensor, before: Tensor, scaling: float, real: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    visual: Tensor,
+    text: Tensor,
+    before: Tensor,
+    scaling: float,
+    real: Tensor | None = None,
+    weights: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(text to visual, visual to text) attention shares, [B, 2] float32, from queries q [B, Hq, N, d] and keys k [B, Hk, M, d]
     after rotary.
@@ -16,7 +25,8 @@ def relevance(
     visual column; the query rows are the last N of the M columns. A share is the sum of the causal softmax attention, averaged
     over heads, from the rows of one set onto the columns of the other, over the sum onto all three sets; 1 where there is no
     text, 0 where there is nothing visual. real [B, M]: columns that are no padding (default: those of the three sets). Where
-    no text precedes a visual column the second share is 0 and costs nothing.
+    no text precedes a visual column the second share is 0 and costs nothing. weights(b, rows [R]) -> [Hq, R, M]: probabilities of
+    query rows of item b, where the layer's attention is not plainly causal (windows, soft caps).
     """
     (B, Hq, N, _), (Hk, M) = q.shape, k.shape[1:3]
     if Hq % Hk or any(m.shape != (B, M) for m in (visual, text, before)):
@@ -39,10 +49,13 @@ def relevance(
             rows = (source & (column >= M - N)).nonzero()[:, 0]
             onto, total = torch.zeros((), device=q.device), torch.zeros((), device=q.device)
             for part in rows.split(ROWS) if len(rows) else ():
-                query = q[b, :, part - (M - N)].float().reshape(Hk, Hq // Hk * len(part), -1)
-                score = (query @ k[b].float().transpose(1, 2) * scaling).view(Hq, len(part), M)
-                score = score.masked_fill((column > part[:, None]) | ~real[b], -torch.inf)
-                attention = score.softmax(-1).mean(0)  # [rows, M]
+                if weights is None:
+                    query = q[b, :, part - (M - N)].float().reshape(Hk, Hq // Hk * len(part), -1)
+                    score = (query @ k[b].float().transpose(1, 2) * scaling).view(Hq, len(part), M)
+                    score = score.masked_fill((column > part[:, None]) | ~real[b], -torch.inf)
+                    attention = score.softmax(-1).mean(0)  # [rows, M]
+                else:
+                    attention = weights(b, part - (M - N))[..., :M].mean(0)
                 onto, total = onto + (attention * target).sum(), total + (attention * union).sum()
             out[b, side] = torch.where(total > 0, onto / total, 0)
     return out
