@@ -42,6 +42,10 @@ demo: setup       ## questions about pictures, clips and recordings, uncompresse
 test: setup       ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2
 
+.PHONY: test-versions
+test-versions: setup ## the models' tests on every supported transformers, under an hour; ARGS="--help" tells more
+	$(BIN)/python benchmarks/versions.py $(ARGS)
+
 lint: setup       ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files
 

@@ -23,6 +23,7 @@ def examine() -> dict[str, Any]:
 
     import mmcompress
     from mmcompress import ops, zoo
+    from mmcompress.models.tested import TESTED
 
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "tested": {"transformers": list(TESTED)},
         "extras": {extra: [m for m in modules if importlib.util.find_spec(m) is None] for extra, modules in EXTRAS.items()},
         "cpu": {
             "name": cpu_name(),
@@ -51,7 +53,11 @@ def examine() -> dict[str, Any]:
 
 def advice(report: dict[str, Any]) -> list[str]:
     """What would make it faster or more complete, most useful first; empty where nothing is known."""
+    from mmcompress.models import tested
+
     out = []
+    if (installed := report.get("packages", {}).get("transformers")) and not tested.is_tested(installed):
+        out.append(tested.advice(installed))
     slow = {d: [n for n, s in report["operators"].items() if s[d].startswith("reference")] for d in ("cpu", "cuda")}
     if slow["cpu"]:
         out.append(
@@ -79,11 +85,12 @@ def text(report: dict[str, Any]) -> str:
     """The report for people."""
     from mmcompress.report import table
 
-    cpu = report["cpu"]
+    cpu, tested = report["cpu"], report["tested"]["transformers"]
     gpus = [f"{g['name']}, {g['memory_gib']} GiB, compute capability {g['capability']}" for g in report["gpus"]]
     facts = [
         ["mmcompress", f"{report['mmcompress']} on Python {report['python']}, {report['platform']}"],
         *([name, version or "not installed"] for name, version in report["packages"].items()),
+        ["tested with", f"transformers {tested[0]} to {tested[-1]} ({', '.join(tested)})"],
         ["CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['vectors']}, {cpu['threads']} threads"],
         ["GPU", "; ".join(gpus) or f"none (PyTorch built for CUDA {report['cuda_build'] or 'none'})"],
         *(
