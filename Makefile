@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mmcompress-installed
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup build build-cuda sanitize demo test lint clean
+.PHONY: help setup build build-cuda sanitize demo test lint sdist wheel clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -49,5 +49,17 @@ test-versions: setup ## the models' tests on every supported transformers, under
 lint: setup       ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files
 
+# Stamps of 1980 (the least that a zip holds) and a build from the source distribution: the same tree gives the same wheel.
+# torch brings its own libraries, so the wheel holds none of them; auditwheel gives it the oldest C library's tag that is true.
+sdist: setup      ## the source distribution, dist/*.tar.gz
+	@rm -rf dist/*.tar.gz *.egg-info
+	MMCOMPRESS_BUILD=0 $(BIN)/python -m build -n -s
+
+wheel: sdist      ## the wheel with the CPU operators, made from the source distribution, dist/*.whl
+	@rm -rf build/wheel dist/*.whl
+	MMCOMPRESS_BUILD=cpu SOURCE_DATE_EPOCH=315532800 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
+	PATH=$(abspath $(BIN)):$$PATH SOURCE_DATE_EPOCH=315532800 $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' \
+	  --exclude 'libc10*.so' -w dist build/wheel/*.whl
+
 clean:            ## what was built, not the virtual environment
-	rm -rf build demo *.egg-info mmcompress/*.so
+	rm -rf build dist demo *.egg-info mmcompress/*.so

@@ -29,8 +29,10 @@ if build != "0":
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    # where the tree and torch lie is nobody's business, and would make two builds differ; -g0 takes back Python's own -g
+    portable = ["-g0", *(f"-ffile-prefix-map={folder}/=" for folder in (Path.cwd(), Path(torch.__file__).parent))]
     stable = ["-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    cxx = [*stable, "-ffp-contract=off", "-fvisibility=hidden"]  # the same rounding wherever it is compiled
+    cxx = [*stable, *portable, "-ffp-contract=off", "-fvisibility=hidden"]  # the same rounding wherever it is compiled
     link = []
     if os.environ.get("MMCOMPRESS_SANITIZE") == "1":
         sanitize = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
@@ -62,7 +64,7 @@ if build != "0":
                 sources("cuda/*.cpp", "cuda/*.cu"),
                 depends=headers("cuda"),
                 py_limited_api=True,
-                extra_compile_args={"cxx": stable, "nvcc": [*stable, "-DUSE_CUDA"]},
+                extra_compile_args={"cxx": [*stable, *portable], "nvcc": [*stable, "-DUSE_CUDA"]},
             )
         )
 

@@ -99,9 +99,9 @@ def zoo_table() -> str:
 
 def pillars_table() -> str:
     """What `mmcompress bench --preset pillars` measured last, one table for all models and tasks."""
-    from mmcompress.eval.bench import CONFIGS
+    from mmcompress.eval.bench import RESULTS
 
-    file = CONFIGS.parent / "results" / "pillars.json"
+    file = RESULTS / "pillars.json"
     if not file.is_file():
         return "Not measured yet."
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]

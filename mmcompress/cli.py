@@ -401,7 +401,7 @@ def _bench_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=int, metavar="N", help="test questions of each task (default: 200)")
     p.add_argument("--seeds", metavar="S,…", help="seeds of methods with a field `seed` (default: 0)")
     p.add_argument("--samples-seed", type=int, metavar="S", help="seed of the questions (default: 0)")
-    p.add_argument("--preset", metavar="NAME", help="a plan of benchmarks/configs, or a .json file, in place of the above")
+    p.add_argument("--preset", metavar="NAME", help="a plan that the package brings, or a .json file, in place of the above")
     p.add_argument("--timing", action="store_true", help="also time prefills: medians, and each method's own cost")
     p.add_argument("--dtype", metavar="D", help="float32, bfloat16, float16, or auto (default: the preset's, else float32)")
     p.add_argument("--fresh", action="store_true", help="measure again what --out holds already")

@@ -64,12 +64,30 @@ def test_commands_of_the_readme_cover_every_command():
     assert {line.split()[1] for line in COMMANDS} == set(known)
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_blocks_run(place, number, capsys):
-    code = compile(blocks("python")[number], f"README block {number}", "exec")
-    exec(code, {"__name__": "readme"})
-    if number == 0:
-        assert "→" in capsys.readouterr().out
+def execute(number):
+    names = {"__name__": "readme"}
+    exec(compile(blocks("python")[number], f"README block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("number", range(1, len(blocks("python"))))
+def test_python_blocks_run(place, number):
+    execute(number)
+
+
+def test_the_first_example_is_answered_right_with_all_tokens_and_with_a_quarter(tmp_path, monkeypatch, capsys):
+    """It runs where nothing of the repository is, and the README says what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "load", _load)
+    names = execute(0)
+    printed = capsys.readouterr().out
+    assert printed == blocks("text")[0]
+    (answer,) = names["sample"].answers
+    assert printed.splitlines()[0] == f"{names['sample'].prompt} {answer}"
+    assert 4 * names["run"].ledger.totals()["tokens_kept"] == names["run"].ledger.totals()["tokens_in"] > 0
+    inputs = names["inputs"]
+    everything = names["model"].generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    assert names["processor"].decode(everything, skip_special_tokens=True) == answer
 
 
 @pytest.mark.parametrize("line", COMMANDS)

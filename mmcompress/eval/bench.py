@@ -38,8 +38,10 @@ CONTROLS = (RANDOM, "uniform_keep")
 GAPS = {"to_none": UNCOMPRESSED, "to_random": RANDOM, "to_uniform": CONTROLS[1]}
 """Fields of a row that hold the paired difference to a control."""
 PIECE = 8  # items after which a sweep that is stopped would go on
-CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
-"""Presets, in a checkout of the repository."""
+PRESETS = Path(__file__).parent / "presets"
+"""The plans that ship with the package, NAME.json each."""
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+"""What they measured last, in a checkout of the repository."""
 
 
 # what is run
@@ -119,11 +121,11 @@ class Preset(NamedTuple):
 
 
 def load_preset(name: str) -> Preset:
-    """`benchmarks/configs/NAME.json`, whose results stand in `benchmarks/results`, or another .json file, with `runs/bench`.
+    """A plan of `PRESETS`, or another .json file. Results go to `runs/bench`, in a checkout a preset's to `benchmarks/results`.
     Raises ValueError for an unknown name, and for a file that holds no sweeps."""
-    path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
     if not path.is_file():
-        known = sorted(p.stem for p in CONFIGS.glob("*.json"))
+        known = sorted(p.stem for p in PRESETS.glob("*.json"))
         raise ValueError(f"preset must be a .json file or one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -135,8 +137,8 @@ def load_preset(name: str) -> Preset:
             raise TypeError("got []")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold 'sweeps', a list of {list(Sweep.__dataclass_fields__)}: {error}") from error
-    stem = (Path("runs/bench") if name.endswith(".json") else CONFIGS.parent / "results") / path.stem
-    return Preset(sweeps, stem, config.get("dtype", "float32"))
+    folder = RESULTS if path.parent == PRESETS and RESULTS.is_dir() else Path("runs/bench")
+    return Preset(sweeps, folder / path.stem, config.get("dtype", "float32"))
 
 
 # running it

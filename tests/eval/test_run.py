@@ -490,7 +490,7 @@ def test_the_files_of_a_benchmark(bencher):
 
 
 def test_presets(tmp_path):
-    for path in bench.CONFIGS.glob("*.json"):
+    for path in bench.PRESETS.glob("*.json"):
         sweeps, stem, dtype = bench.load_preset(path.stem)
         assert sweeps and stem.name == path.stem and stem.parent.name == "results"
     own = tmp_path / "mine.json"
