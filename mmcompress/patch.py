@@ -88,6 +88,7 @@ def _install(model: Any, compressor: Compressor) -> Seam:
     if not isinstance(compressor, Compressor):
         raise TypeError(f"compressor must be a Compressor such as mmcompress.create('k_center'), got {compressor!r}")
     from mmcompress.models import family
+    from mmcompress.models.tested import warn_untested
     from mmcompress.models.wrap import is_compiled
 
     if hasattr(model, "_orig_mod") or (hasattr(model, "modules") and is_compiled(model)):
@@ -99,4 +100,5 @@ def _install(model: Any, compressor: Compressor) -> Seam:
         raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
     seam = adapter.seam(model, compressor)
     seam.install()
+    warn_untested()
     return seam
