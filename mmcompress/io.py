@@ -1,7 +1,7 @@
 """Saving compressors: JSON for the configuration, safetensors for parameters; nothing executable.
 
-The same two files stand beside a model or an adapter that was saved with a compressor in it (`save_beside`). The JSON alone also
-travels inside a model's own config (`config.mmcompress`), which transformers saves and ignores.
+The same two files stand beside a model or an adapter that was saved with a compressor in it (`save_beside`). The JSON alone
+also travels inside a model's own config (`config.mmcompress`), which transformers saves and ignores.
 """
 
 from __future__ import annotations
