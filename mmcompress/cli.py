@@ -208,6 +208,9 @@ def compressors(args: argparse.Namespace) -> dict[str, Any]:
             fields[name] = json.loads(value)
         except (json.JSONDecodeError, RecursionError):
             fields[name] = value
+    for name, value in fields.items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be a number of 64 bits, got {value}")
     names = [n.strip() for n in args.method.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"--method must name each method once, got {args.method!r}")
@@ -476,7 +479,7 @@ def _bench(args: argparse.Namespace) -> None:
             lists |= {name: [_number(v) for v in lists[name]]} if name in lists else {}
         sweeps = [Sweep(**BENCH | lists, n=given.get("n", 200), seed=given.get("samples_seed", 0))]
         out, stem, dtype = Path(args.out or "runs/bench"), "results", "float32"
-    dtype = args.dtype or dtype
+    dtype = dtype if args.dtype is None else args.dtype
     pick_dtype(dtype)
     _check_folder(out)
     quiet()

@@ -105,6 +105,11 @@ BAD = {
     "no room for one sheet": (["inspect", "--image", PHOTO, "--out", PHOTO + "/a.png"], "--out must be a folder that can be"),
     "no room for a demo": (["demo", "--out", PHOTO + "/new/folder"], "--out must be a folder that can be written to, got"),
     "no room for a bench": (["bench", "--out", PHOTO], "--out must be a folder that can be written to, got"),
+    "no dtype": (["bench", "--dtype", ""], "dtype must be one of float32, "),
+    "a number too large": (
+        [*RUN, "--image", PHOTO, "--method", "pooling", "--set", f"stride={2**63}"],
+        "stride must be a number of",
+    ),
     "deep nonsense": ([*RUN, "--image", PHOTO, "--set", "metric=" + "[" * 100_000], "metric must be"),
     "no questions": (["demo", "--num-questions", "0"], "--num-questions must be"),
     "bench an unknown task": (["bench", "--tasks", "detial"], "did you mean 'detail'?"),
