@@ -108,7 +108,7 @@ def _processor(name: str, config: Any) -> Any:
     import transformers
     from transformers.utils import cached_file
 
-    kind = None
+    kind: Any = None
     for part in (
         "processor_config.json",
         "preprocessor_config.json",
@@ -146,7 +146,9 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
         arguments["images"] = list(question.images)
     if question.videos:
         frames, numbers, fps = zip(*question.videos, strict=True)
-        arguments["videos"] = list(frames)
+        arguments["videos"] = [
+            np.moveaxis(f, -1, 1) for f in frames
+        ]  # of a frame 1 or 3 high the last axis would be guessed wrong
         arguments["do_sample_frames"] = False
         arguments["video_metadata"] = [
             {"total_num_frames": n[-1] + 1, "fps": f, "frames_indices": n, "duration": (n[-1] + 1) / f}
@@ -174,7 +176,7 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
         marks = [getattr(processor, f"{c['type']}_token") + "\n" for c in content]
         inputs = processor(text=["".join(marks) + question.prompt], return_tensors="pt", **arguments)
     if long:
-        most, got = (n / sampling_rate(processor) for n in (window(processor), max(map(len, long))))
+        most, got = (n / sampling_rate(processor) for n in (window(processor) or 0, max(map(len, long))))
         raise ValueError(f"audio must be at most {most:g} s for {type(model).__name__}, got {got:.1f} s")
     return _fit(model, inputs)
 

@@ -99,7 +99,8 @@ def load_video(path: str | Path, num_frames: int = 8) -> tuple[np.ndarray, list[
     n = min(num_frames, total)
     numbers = [(2 * i + 1) * total // (2 * n) for i in range(n)]
     wanted = set(numbers)
-    capture, frames = cv2.VideoCapture(str(path)), []
+    capture = cv2.VideoCapture(str(path))
+    frames: list[np.ndarray] = []
     for i in range(numbers[-1] + 1):  # a clip in memory would take gigabytes a minute
         capture.grab()
         if i in wanted:

@@ -293,6 +293,20 @@ def test_a_picture_of_one_pixel(capsys, model, tmp_path, family):
         assert 0 < totals["tokens_kept"] <= totals["tokens_in"]
 
 
+@pytest.mark.parametrize("size", [(3, 16), (1, 16), (16, 3), (3, 3)])
+def test_a_clip_of_few_pixels_keeps_its_colours(model, size):
+    """A processor guesses which axis holds the channels."""
+    from mmcompress.ask import Question, load_model, prepare
+
+    loaded, processor = load_model(model("qwen2_5_vl"))
+    colours = []
+    for edges in (size, (32, 32)):
+        frames = np.zeros((4, *edges, 3), "uint8") + np.array([200, 100, 50], "uint8")
+        inputs = prepare(loaded, processor, Question("w20", videos=[(frames, [0, 1, 2, 3], 1.0)]))
+        colours.append({round(float(v), 3) for v in inputs["pixel_values_videos"].unique()})
+    assert colours[0] == colours[1] and len(colours[0]) == 3
+
+
 def test_letters_that_a_terminal_lacks(monkeypatch):
     import io
 
