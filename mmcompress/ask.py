@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,41 +50,86 @@ class Question:
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """The model and processor of `zoo:NAME`, of a folder or of a hub id; never with code from the hub.
+    """The model and processor of `zoo:NAME`, of a folder or of a hub id; never with code that comes with them.
 
-    Raises ValueError for a model of a family that is not supported, before its weights are read.
+    Raises ValueError for a model of a family that is not supported, before its weights are read, for one that lacks weights,
+    and for files that transformers cannot load without running their code.
     """
     quiet()
     if name.startswith(ZOO):
         from mmcompress import zoo
 
         return zoo.load(name.removeprefix(ZOO))
-    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq
 
     from mmcompress.models import ADAPTERS
 
+    model_type = _model_type(name)
+    if model_type not in ADAPTERS:
+        raise ValueError(f"model must be of a supported family ({', '.join(ADAPTERS)}), got {name!r} of {model_type!r}")
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if not Path(name).is_dir():
-            known = "zoo:NAME, a folder with a transformers model, or a hub id that can be reached from here"
-            raise ValueError(f"model must be {known}; got {name!r}") from error
-        raise ValueError(f"model must be a folder with a transformers config.json, got {name!r}") from error
-    if config.model_type not in ADAPTERS:
-        raise ValueError(f"model must be of a supported family ({', '.join(ADAPTERS)}), got {name!r} of {config.model_type!r}")
-    try:
-        processor = AutoProcessor.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        processor = _processor(name, config)
         kind = AutoModelForSpeechSeq2Seq if config.is_encoder_decoder else AutoModelForMultimodalLM
-        return kind.from_pretrained(name, dtype="auto").eval(), processor
-    except OSError as error:
-        raise ValueError(f"model must hold a processor and weights that transformers can load, got {name!r}") from error
+        options: dict[str, Any] = {"config": config, "dtype": "auto", "trust_remote_code": False, "output_loading_info": True}
+        model, report = kind.from_pretrained(name, **options)
+    except Exception as error:  # whatever files that are cut off, mixed up or made by others make transformers raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"model must hold a processor and weights that transformers can load, got {name!r} ({why})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model must hold all its weights, got {name!r} without {missing[0]} ({len(missing)} are missing)")
+    return model.eval(), processor
+
+
+def _model_type(name: str) -> Any:
+    """What config.json says, read as JSON and nothing else."""
+    folder = Path(name)
+    if not name.strip() or folder.is_file():
+        raise ValueError(f"model must be {_MODELS}; got {name!r}")
+    if folder.is_dir():
+        try:
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"model must be a folder with a transformers config.json, got {name!r}") from error
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model must be {_MODELS}; got {name!r}") from error
+
+
+_MODELS = "zoo:NAME, a folder with a transformers model, or a hub id that can be reached from here"
+
+
+def _processor(name: str, config: Any) -> Any:
+    """The processor of the class that its files name, else of the family's. AutoProcessor would forget on the way to the
+    family's that no code is trusted, and ask on stdin whether to run what the tokenizer brings."""
+    import transformers
+    from transformers.utils import cached_file
+
+    kind: Any = None
+    for part in (
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "tokenizer_config.json",
+    ):
+        missing = "_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries"
+        file = cached_file(name, part, **dict.fromkeys(missing, False))
+        told = json.loads(Path(file).read_text(encoding="utf-8")).get("processor_class") if file else None
+        kind = kind or getattr(transformers, str(told), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin)):
+        kind = transformers.PROCESSOR_MAPPING[type(config)]
+    return kind.from_pretrained(name, trust_remote_code=False)
 
 
 def prepare(model: Any, processor: Any, question: Question) -> Any:
     """The inputs of `model.generate` for one question. Raises ValueError for what this model does not take.
 
     A speech recogniser (Whisper) has no chat and answers no question: a prompt is the text said before, which it goes on from
-    as stock transformers does (`prompt_ids`); an empty one is left out.
+    as stock transformers does (`prompt_ids`); an empty one is left out. It reads a recording longer than its window in windows,
+    by their time stamps; for other models a longer one is refused.
     """
     from mmcompress.models import family
 
@@ -92,6 +138,7 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
         raise ValueError("a question needs an image, a video or a recording, got text only: there is nothing to compress")
     if wrong := [kind for kind in question.modalities if kind not in takes]:
         raise ValueError(f"{type(model).__name__} takes {' and '.join(takes)}, got {wrong[0]}")
+    _check_prompt(processor, question.prompt)
     content = [{"type": kind} for kind in ("image", "video", "audio") for _ in getattr(question, _FIELDS[kind])]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.prompt}]}]
     arguments: dict[str, Any] = {}
@@ -99,7 +146,9 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
         arguments["images"] = list(question.images)
     if question.videos:
         frames, numbers, fps = zip(*question.videos, strict=True)
-        arguments["videos"] = list(frames)
+        arguments["videos"] = [
+            np.moveaxis(f, -1, 1) for f in frames
+        ]  # of a frame 1 or 3 high the last axis would be guessed wrong
         arguments["do_sample_frames"] = False
         arguments["video_metadata"] = [
             {"total_num_frames": n[-1] + 1, "fps": f, "frames_indices": n, "duration": (n[-1] + 1) / f}
@@ -108,25 +157,75 @@ def prepare(model: Any, processor: Any, question: Question) -> Any:
     if len(question.audio):
         arguments["audio"] = list(question.audio)
         arguments["sampling_rate"] = sampling_rate(processor)
+    long = [wave for wave in question.audio if len(wave) > (window(processor) or len(wave))]
     if getattr(model.config, "is_encoder_decoder", False):
         if len(question.audio) != 1:
             raise ValueError(f"{type(model).__name__} takes one recording a question, got {len(question.audio)}")
-        inputs = processor(return_tensors="pt", **arguments)
+        if long and getattr(model.generation_config, "no_timestamps_token_id", None) is not None:
+            whole = {"truncation": False, "padding": "longest", "return_attention_mask": True}
+            inputs, long = processor(return_tensors="pt", **arguments, **whole), []
+            inputs["return_timestamps"] = True
+        else:
+            inputs = processor(return_tensors="pt", **arguments)
         if question.prompt.strip():
             inputs["prompt_ids"] = processor.get_prompt_ids(question.prompt, return_tensors="pt")
-        return _fit(model, inputs)
-    if getattr(processor, "chat_template", None):
+    elif getattr(processor, "chat_template", None):
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[text], return_tensors="pt", **arguments)
     else:
         marks = [getattr(processor, f"{c['type']}_token") + "\n" for c in content]
-        text = "".join(marks) + question.prompt
-    return _fit(model, processor(text=[text], return_tensors="pt", **arguments))
+        inputs = processor(text=["".join(marks) + question.prompt], return_tensors="pt", **arguments)
+    if long:
+        most, got = (n / sampling_rate(processor) for n in (window(processor) or 0, max(map(len, long))))
+        raise ValueError(f"audio must be at most {most:g} s for {type(model).__name__}, got {got:.1f} s")
+    return _fit(model, inputs)
+
+
+def _check_prompt(processor: Any, prompt: str) -> None:
+    """Refuse the marks that stand for items: a processor would take one in the text for a further item."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt must be text in UTF-8, got {prompt[error.start : error.end]!r} in it") from error
+    marks = {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
+    if found := sorted(mark for mark in marks if mark in prompt):
+        raise ValueError(f"prompt must not hold {found[0]!r}, which stands for an item of {type(processor).__name__}")
 
 
 def _fit(model: Any, inputs: Any) -> dict[str, Any]:
     """The inputs on the model's device and, but for numbers that are no pixels or sound, in its dtype."""
+    import torch
+
+    _check_length(model, inputs)
     inputs, dtype = inputs.to(model.device), next(model.parameters()).dtype
-    return {k: v.to(dtype) if v.is_floating_point() and k not in _KEEP_DTYPE else v for k, v in inputs.items()}
+    out: dict[str, Any] = {}
+    for name, value in inputs.items():
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        out[name] = value.to(dtype) if floats and name not in _KEEP_DTYPE else value
+        if floats and not bool(torch.isfinite(out[name]).all()):
+            raise ValueError(
+                f"{name} must be finite in {dtype}, got NaN or infinity: the recording or picture is beyond measure"
+            )
+    return out
+
+
+def _check_length(model: Any, inputs: Any) -> None:
+    """Refuse a prompt that is longer than the language model's positions reach: it would answer at random."""
+    import torch
+
+    from mmcompress.models import family
+
+    config = getattr(model.config, "text_config", model.config)
+    most, ids = getattr(config, "max_position_embeddings", None), inputs.get("input_ids")
+    if most is None or ids is None:
+        return
+    taken = ids.shape[1]
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # an item takes as many positions as it is wide
+        adapter = family(model)
+        marks = torch.tensor([adapter.placeholder(kind) for kind in adapter.modalities], device=ids.device)
+        taken -= int(torch.isin(ids, marks).sum())
+    if taken > most:
+        raise ValueError(f"a question must be of at most {most} tokens for {type(model).__name__}, got {taken} with its items")
 
 
 _FIELDS = {"image": "images", "video": "videos", "audio": "audio"}
@@ -187,9 +286,9 @@ def seen(processor: Any, media: Any, layout: Layout, inputs: Mapping[str, Any]) 
     window cuts a longer recording. inputs (of `prepare`): without a mask of the recording, silence fills the window up.
     """
     if layout.kind == "audio":
-        window = getattr(processor.feature_extractor, "n_samples", len(media))
-        silence = max(0, window - len(media)) if "feature_attention_mask" not in inputs else 0
-        return np.pad(media[:window], (0, silence))
+        most = window(processor) or len(media)
+        silence = max(0, most - len(media)) if "feature_attention_mask" not in inputs else 0
+        return np.pad(media[:most], (0, silence))
     if layout.kind == "video":
         return [_centre(getattr(processor, "video_processor", None), frame) for frame in media]
     return media if layout.crops else _centre(getattr(processor, "image_processor", None), media)
@@ -209,6 +308,11 @@ def _centre(part: Any, picture: Any) -> Any:
 def sampling_rate(processor: Any) -> int:
     """Samples a second of the recordings that a model hears; 16,000 where it hears none."""
     return getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
+
+
+def window(processor: Any) -> int | None:
+    """The most samples that a processor's feature extractor reads at once; None where it has no such bound."""
+    return getattr(getattr(processor, "feature_extractor", None), "n_samples", None)
 
 
 def quiet() -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter, a file name that is no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     as_json = "--json" in arguments
     try:
         args = parser().parse_args(_command(arguments))
@@ -105,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def emit(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode))
 
 
 def progress(text: str) -> None:
@@ -142,10 +146,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, list]]:
     from mmcompress.ask import load_model, sampling_rate
     from mmcompress.media import load_audio, load_image, load_video
 
-    images, videos = [load_image(p) for p in args.image], [load_video(p, args.num_frames) for p in args.video]
     rate = 16000
-    audio = [load_audio(p, rate) for p in args.audio]
-    args.model = args.model or f"zoo:{_kinds(args)[0]}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what a file holds besides its picture
+        images, videos = [load_image(p) for p in args.image], [load_video(p, args.num_frames) for p in args.video]
+        audio = [load_audio(p, rate) for p in args.audio]
+    args.model = f"zoo:{_kinds(args)[0]}" if args.model is None else args.model
     progress(f"loading {args.model}")
     model, processor = load_model(args.model)
     if (wanted := sampling_rate(processor)) != rate:
@@ -157,6 +163,14 @@ def _check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be an integer >= 1, got {value}")
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ValueError where no folder can be made or written to here: before anything is computed, not after."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is a file"
+        raise ValueError(f"--out must be a folder that can be written to, got {str(path)!r}: {str(there)!r} {why}")
 
 
 def _method_options(p: argparse.ArgumentParser, several: bool = False) -> None:
@@ -192,8 +206,11 @@ def compressors(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"the field {name!r} is given twice")
         try:
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             fields[name] = value
+    for name, value in fields.items():
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be a number of 64 bits, got {value}")
     names = [n.strip() for n in args.method.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"--method must name each method once, got {args.method!r}")
@@ -208,7 +225,8 @@ def _run_arguments(p: argparse.ArgumentParser) -> None:
     _item_options(p, several=True)
     p.add_argument("--prompt", required=True, help="the question")
     _method_options(p)
-    p.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="length of the reply (default: 32)")
+    length = "length of the reply (default: 32; of a transcript 200 a window)"
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help=length)
     p.add_argument("--compare", action="store_true", help="also answer uncompressed, and time both")
 
 
@@ -221,9 +239,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"run takes one method, got {args.method!r}")
     ((name, compressor),) = made.items()
     from mmcompress.ask import Question, ask, prepare
+    from mmcompress.eval.loop import TRANSCRIPT
 
     model, processor, items = _load(args)
     inputs = prepare(model, processor, Question(args.prompt, **items))
+    length = args.max_new_tokens or (TRANSCRIPT if getattr(model.config, "is_encoder_decoder", False) else 32)
     answers = {}
     with compressor(model):  # a method that this model cannot serve stops here, before anything is computed
         pass
@@ -232,9 +252,9 @@ def _run(args: argparse.Namespace) -> None:
         for first in (create("none"), compressor):
             ask(model, processor, inputs, first, 1)
         progress("answering uncompressed")
-        answers["uncompressed"] = ask(model, processor, inputs, create("none"), args.max_new_tokens)
+        answers["uncompressed"] = ask(model, processor, inputs, create("none"), length)
     progress(f"answering with {name}")
-    answers[name] = ask(model, processor, inputs, compressor, args.max_new_tokens)
+    answers[name] = ask(model, processor, inputs, compressor, length)
     progress("")
     if args.json:
         out: dict[str, Any] = {"model": args.model, "method": compressor.config(), "prompt": args.prompt}
@@ -289,13 +309,11 @@ def _inspect(args: argparse.Namespace) -> None:
         raise ValueError(f"inspect takes one item (--image, --video or --audio), got {len(_kinds(args))}")
     _check_counts(args, "num_frames")
     made = compressors(args)
-    out = Path(args.out)
-    if out.suffix.lower() == ".png" and len(made) > 1:
-        raise ValueError(f"--out must be a folder for several methods, got {args.out!r}")
+    paths = _sheets(args.out, Path(*args.image, *args.video, *args.audio), list(made))
     from PIL import Image
 
     from mmcompress import viz
-    from mmcompress.ask import Question, ask, prepare, sampling_rate, seen
+    from mmcompress.ask import Question, ask, prepare, sampling_rate, seen, window
     from mmcompress.compressor import Chain
     from mmcompress.eval.loop import ratio_of
 
@@ -304,6 +322,11 @@ def _inspect(args: argparse.Namespace) -> None:
     (media,) = (item for kind in items.values() for item in kind)
     if args.video:
         media = [Image.fromarray(frame) for frame in media[0]]
+    if args.audio and len(media) > (most := window(processor) or len(media)):
+        seconds = [n / sampling_rate(processor) for n in (most, len(media))]
+        raise ValueError(
+            f"inspect draws one window of sound, at most {seconds[0]:g} s; got {seconds[1]:.1f} s in {str(file)!r}"
+        )
     inputs = prepare(model, processor, Question(args.prompt, **items))
     written = []
     for name, compressor in made.items():
@@ -319,7 +342,7 @@ def _inspect(args: argparse.Namespace) -> None:
         keep = ratio_of(compressor)
         told = ("" if keep is None else f"keep_ratio {keep:g} · ") + viz.describe(item) + then
         sheet = viz.picture_of(item, pictures, f"{name} on {file.name}", told)
-        path = out if out.suffix.lower() == ".png" else out / f"{file.stem}_{Path(name).name.replace(':', '-')}.png"
+        path = paths[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
         written.append({"method": compressor.config(), "file": str(path), **answer.ledger.totals()})
@@ -328,6 +351,23 @@ def _inspect(args: argparse.Namespace) -> None:
         emit(written)
     else:
         print("\n".join(w["file"] for w in written))
+
+
+def _sheets(out: str, file: Path, methods: list[str]) -> dict[str, Path]:
+    """Where each method's picture goes: --out itself, or a file in it. Raises ValueError for what cannot be written."""
+    path = Path(out)
+    if path.suffix.lower() == ".png":
+        if len(methods) > 1:
+            raise ValueError(f"--out must be a folder for several methods, got {out!r}")
+        _check_folder(path.parent)
+        return {methods[0]: path}
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf", ".svg"):
+        raise ValueError(f"--out must be a folder or a .png file, got {out!r}")
+    _check_folder(path)
+    made = {name: path / f"{file.stem}_{Path(name).name.replace(':', '-')}.png" for name in methods}
+    if len(set(made.values())) < len(made):
+        raise ValueError(f"--method must name methods and folders whose last parts differ, got {', '.join(methods)}")
+    return made
 
 
 # methods, models, doctor, demo
@@ -384,7 +424,9 @@ def _demo(args: argparse.Namespace) -> None:
     from mmcompress import demo
 
     _check_counts(args, "num_questions")
-    result = demo.run(demo.chosen(args.sections), args.num_questions)
+    sections = demo.chosen(args.sections)
+    _check_folder(Path(args.out))
+    result = demo.run(sections, args.num_questions)
     path = demo.write(result, Path(args.out))
     if args.json:
         emit({**result.to_json(), "page": str(path)})
@@ -437,8 +479,9 @@ def _bench(args: argparse.Namespace) -> None:
             lists |= {name: [_number(v) for v in lists[name]]} if name in lists else {}
         sweeps = [Sweep(**BENCH | lists, n=given.get("n", 200), seed=given.get("samples_seed", 0))]
         out, stem, dtype = Path(args.out or "runs/bench"), "results", "float32"
-    dtype = args.dtype or dtype
+    dtype = dtype if args.dtype is None else args.dtype
     pick_dtype(dtype)
+    _check_folder(out)
     quiet()
     options: dict[str, Any] = {"dtype": dtype, "timing": args.timing, "fresh": args.fresh, "progress": not args.json}
     report = bench(sweeps, out, stem=stem, **options)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,14 @@ BAD = {
     "corrupt picture": ([*RUN, "--image", str(DATA / "README.md")], "image must be a picture that Pillow can read"),
     "corrupt clip": ([*RUN, "--video", str(DATA / "README.md")], "video must be a clip that OpenCV can read"),
     "corrupt recording": ([*RUN, "--audio", str(DATA / "README.md")], "audio must be a recording that soundfile can read"),
+    "method without a name": ([*RUN, "--image", PHOTO, "--method", ""], "unknown method ''"),
+    "a prompt that is no text": (
+        ["run", "--prompt", "\udcff", "--image", PHOTO, "--model", "zoo:imge"],
+        "did you mean 'image'?",
+    ),
+    "model without a name": ([*RUN, "--image", PHOTO, "--model", ""], "model must be zoo:NAME, a folder"),
+    "a file as model": ([*RUN, "--image", PHOTO, "--model", PHOTO], "model must be zoo:NAME, a folder"),
+    "a picture as clip": ([*RUN, "--video", PHOTO], "video must be a clip, got the picture"),
     "unknown zoo model": ([*RUN, "--image", PHOTO, "--model", "zoo:imge"], "did you mean 'image'?"),
     "no such folder": ([*RUN, "--image", PHOTO, "--model", "./no/such/folder"], "model must be"),
     "a folder without a model": ([*RUN, "--image", PHOTO, "--model", str(DATA)], "config.json"),
@@ -91,6 +100,17 @@ BAD = {
         "--out must be a folder",
     ),
     "a method named twice": (["inspect", "--image", PHOTO, "--method", "pooling,pooling"], "once"),
+    "a picture that is not written": (["inspect", "--image", PHOTO, "--out", "a.jpg"], "--out must be a folder or a .png file"),
+    "no room for sheets": (["inspect", "--image", PHOTO, "--out", PHOTO], "coffee.jpg"),
+    "no room for one sheet": (["inspect", "--image", PHOTO, "--out", PHOTO + "/a.png"], "--out must be a folder that can be"),
+    "no room for a demo": (["demo", "--out", PHOTO + "/new/folder"], "--out must be a folder that can be written to, got"),
+    "no room for a bench": (["bench", "--out", PHOTO], "--out must be a folder that can be written to, got"),
+    "no dtype": (["bench", "--dtype", ""], "dtype must be one of float32, "),
+    "a number too large": (
+        [*RUN, "--image", PHOTO, "--method", "pooling", "--set", f"stride={2**63}"],
+        "stride must be a number of",
+    ),
+    "deep nonsense": ([*RUN, "--image", PHOTO, "--set", "metric=" + "[" * 100_000], "metric must be"),
     "no questions": (["demo", "--num-questions", "0"], "--num-questions must be"),
     "bench an unknown task": (["bench", "--tasks", "detial"], "did you mean 'detail'?"),
     "bench an unknown method": (["bench", "--methods", "pooling,k_centre"], "did you mean 'k_center'?"),
@@ -138,6 +158,174 @@ def test_what_a_model_does_not_take_is_refused(capsys, model, tmp_path):
     refused(capsys, *RUN, "--image", PHOTO, "--model", model("qwen2_audio"), says="takes audio, got image")
     refused(capsys, *RUN, "--image", PHOTO, "--model", model("llava"), "--method", "vidcom2", says="vidcom2 compresses video")
     refused(capsys, *RUN, "--image", PHOTO, "--model", model("qwen2_5_vl"), "--method", "vidcom2", says="compresses video only")
+
+
+@pytest.mark.parametrize("family, mark", [("llava", "<image>"), ("qwen2_5_vl", "<video>"), ("qwen2_5_vl", "<image>")])
+def test_a_mark_of_an_item_in_the_prompt_is_refused(capsys, model, family, mark):
+    """A processor would take it for a further item."""
+    arguments = ["run", "--image", PHOTO, "--model", model(family), "--prompt"]
+    refused(capsys, *arguments, f"w20 {mark} w21", says=f"prompt must not hold '{mark}', which stands for an item of")
+    refused(capsys, *arguments, "\udcff", says="prompt must be text in UTF-8")
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(capsys, model):
+    for family in ("llava", "qwen2_5_vl"):
+        arguments = ["run", "--image", PHOTO, "--model", model(family), "--prompt", "w20 " * 10_000]
+        refused(capsys, *arguments, says="a question must be of at most ")
+
+
+def test_code_that_comes_with_a_model_is_never_run(capsys, model, tmp_path, monkeypatch):
+    """Whatever its files name; nor does anybody ask on stdin."""
+    asked, trace = [], tmp_path / "trace"
+    monkeypatch.setattr("builtins.input", lambda *a: asked.append(a) or "y")
+    source = f"open({str(trace)!r}, 'w')\nclass Evil: pass\n"
+    autos = (
+        "Config",
+        "Model",
+        "ModelForMultimodalLM",
+        "ModelForImageTextToText",
+        "Processor",
+        "ImageProcessor",
+        "VideoProcessor",
+    )
+    auto_map = {f"Auto{name}": "evil.Evil" for name in autos} | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    told = {"as it is": {}, "none": None, "unknown": {"processor_class": "EvilProcessor"}}
+    types = {"image_processor_type": "Evil", "tokenizer_class": "Evil"}
+    for name, change in {**told, "no model": {"model_type": "evil"}, "no types": types}.items():
+        folder = tmp_path / name.replace(" ", "_")
+        shutil.copytree(model("llava"), folder)
+        (folder / "custom_generate").mkdir()
+        for file in (folder / "evil.py", folder / "custom_generate" / "generate.py"):
+            file.write_text(source)
+        for file in (folder / f for f in ("config.json", "processor_config.json", "tokenizer_config.json")):
+            config = json.loads(file.read_text())
+            for part in (config, config.get("image_processor", {})):
+                if change is None:
+                    part.pop("processor_class", None)
+                part.update({k: v for k, v in (change or {}).items() if k in part}, auto_map=auto_map)
+            file.write_text(json.dumps(config))
+        arguments = [*RUN, "--image", PHOTO, "--model", folder, "--max-new-tokens", 1]
+        if name in told:
+            assert result(capsys, *arguments)["ledger"]["totals"]["tokens_in"] == 16
+        else:
+            refused(capsys, *arguments, says="model must ")
+        assert not trace.exists() and not asked, name
+
+
+BROKEN = {
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "cut weights": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-999]),
+    "no processor": lambda f: (f / "processor_config.json").unlink(),
+    "no tokenizer": lambda f: (f / "tokenizer.json").unlink(),
+    "a list": lambda f: (f / "config.json").write_text("[]"),
+    "no JSON": lambda f: (f / "config.json").write_text("{"),
+    "no text": lambda f: (f / "config.json").write_bytes(b"\xff"),
+    "no type": lambda f: (f / "config.json").write_text("{}"),
+    "an odd type": lambda f: change(f / "config.json", model_type=5),
+    "no language model": lambda f: change(f / "config.json", text_config=5),
+    "other sizes": lambda f: change(f / "config.json", projector_hidden_act=5),
+}
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_is_one_sentence(capsys, model, tmp_path, name):
+    shutil.copytree(model("llava"), tmp_path / "m")
+    BROKEN[name](tmp_path / "m")
+    refused(capsys, *RUN, "--image", PHOTO, "--model", tmp_path / "m", says="model must ")
+
+
+def test_a_model_without_some_of_its_weights_is_refused(capsys, model, tmp_path):
+    """transformers would fill them up at random."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model("llava"), tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    lost = next(name for name in weights if "projector" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    refused(capsys, *RUN, "--image", PHOTO, "--model", tmp_path / "m", says="model must hold all its weights, got")
+
+
+def test_a_recording_beyond_the_window_is_not_cut(capsys, model, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.sin(np.arange(24000) / 9).astype("float32")
+    for name, samples in {"whole": 16000, "long": 16001}.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave[:samples], 16000)
+    asked = [*RUN, "--model", model("qwen2_audio"), "--audio"]
+    assert result(capsys, *asked, tmp_path / "whole.wav")["ledger"]["totals"]["tokens_in"] > 0
+    refused(capsys, *asked, tmp_path / "long.wav", says="audio must be at most 1 s for Qwen2Audio")
+    drawn = ["inspect", "--model", model("qwen2_audio"), "--out", tmp_path, "--audio"]
+    refused(capsys, *drawn, tmp_path / "long.wav", says="inspect draws one window of sound, at most 1 s; got 1.0 s in")
+
+
+def test_a_recogniser_reads_a_long_recording_in_windows():
+    """Oracle: stock long-form `generate`."""
+    import torch
+
+    from mmcompress import zoo
+    from mmcompress.ask import Question, ask, prepare
+
+    model, processor = zoo.load("asr")
+    wave = np.random.default_rng(0).normal(scale=0.1, size=35 * 16000).astype("float32")
+    inputs = prepare(model, processor, Question("", audio=[wave]))
+    assert inputs["input_features"].shape[-1] == 3500
+    stock = processor(
+        audio=wave, sampling_rate=16000, return_tensors="pt", truncation=False, padding="longest", return_attention_mask=True
+    )
+    with torch.inference_mode():
+        out = model.generate(**stock, return_timestamps=True, max_new_tokens=4, do_sample=False)
+    answer = ask(model, processor, inputs, mmcompress.create("none"), 4)
+    assert answer.text == processor.tokenizer.decode(out[0], skip_special_tokens=True).strip()
+    few = ask(model, processor, inputs, mmcompress.create("pooling", keep_ratio=0.5), 4).ledger
+    assert len(few.samples) >= 2 and few.tokens_kept * 2 == few.tokens_in == 1500 * len(few.samples)
+    short = prepare(model, processor, Question("", audio=[wave[: 30 * 16000]]))
+    assert short["input_features"].shape[-1] == 3000 and "return_timestamps" not in short
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_a_picture_of_one_pixel(capsys, model, tmp_path, family):
+    for mode in ("RGB", "P", "LA", "CMYK", "1"):
+        Image.new(mode, (1, 1)).save(file := tmp_path / f"{mode}.tiff")
+        totals = result(capsys, *RUN, "--model", model(family), "--image", file)["ledger"]["totals"]
+        assert 0 < totals["tokens_kept"] <= totals["tokens_in"]
+
+
+@pytest.mark.parametrize("size", [(3, 16), (1, 16), (16, 3), (3, 3)])
+def test_a_clip_of_few_pixels_keeps_its_colours(model, size):
+    """A processor guesses which axis holds the channels."""
+    from mmcompress.ask import Question, load_model, prepare
+
+    loaded, processor = load_model(model("qwen2_5_vl"))
+    colours = []
+    for edges in (size, (32, 32)):
+        frames = np.zeros((4, *edges, 3), "uint8") + np.array([200, 100, 50], "uint8")
+        inputs = prepare(loaded, processor, Question("w20", videos=[(frames, [0, 1, 2, 3], 1.0)]))
+        colours.append({round(float(v), 3) for v in inputs["pixel_values_videos"].unique()})
+    assert colours[0] == colours[1] and len(colours[0]) == 3
+
+
+def test_letters_that_a_terminal_lacks(monkeypatch):
+    import io
+
+    for arguments in (["methods"], ["methods", "--json"]):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+        assert main(arguments) == 0
+        sys.stdout.flush()
+        if arguments[1:]:
+            assert {r["name"] for r in json.loads(written.getvalue().decode("ascii"))} == set(list_methods())
+        else:
+            assert b"\\u2500" in written.getvalue() and b"k_center" in written.getvalue()
+
+
+def test_sheets_that_would_take_each_others_place(capsys, tmp_path):
+    for part in ("a", "b"):
+        mmcompress.save_pretrained(mmcompress.create("pooling"), tmp_path / part / "mine")
+    both = ",".join(str(tmp_path / part / "mine") for part in ("a", "b"))
+    refused(capsys, "inspect", "--image", PHOTO, "--method", both, "--out", tmp_path, says="whose last parts differ")
 
 
 def test_an_error_for_machines(capsys):

@@ -73,12 +73,15 @@ class Sweep:
         for name in ("models", "tasks", "methods", "keep_ratio", "seeds"):
             if not isinstance(value := getattr(self, name), list) or not value:
                 raise ValueError(f"{name} must be a list of at least one, got {value!r}")
+        for name in ("models", "tasks"):
+            if wrong := [v for v in getattr(self, name) if not isinstance(v, str) or not v.strip()]:
+                raise ValueError(f"{name} must be names, got {wrong[0]!r}")
         for ratio in self.keep_ratio:
             check_ratio(ratio)
         for name, least in (("n", 1), ("seed", 0)):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        self.settings()
+        _check_labels(self.settings())
 
     def settings(self) -> list[Setting]:
         """Controls first, then the methods in their order, each once."""
@@ -88,15 +91,46 @@ class Sweep:
         return list({json.dumps([s.label, described(s.compressor)]): s for s in made}.values())
 
 
+def _check_labels(settings: Iterable[Setting]) -> None:
+    """Raise ValueError where one line of the table would be the mean of different things: configurations of one label that
+    differ in more than a seed, or a method that is called like a control."""
+    first: dict[tuple[str, float | None], dict[str, Any]] = {}
+    for s in settings:
+        mine = _without_seed(described(s.compressor))
+        if s.label in (UNCOMPRESSED, *CONTROLS) and mine.get("method") != s.label:
+            raise ValueError(f"label must not be that of a control, got {s.label!r} for {mine}")
+        other = first.setdefault((s.label, s.ratio), mine)
+        if other != mine:
+            told = f"got {s.label!r} for {other} and for {mine}"
+            raise ValueError(
+                f'label must be of one configuration at one ratio, but for its seed, {told}: give each a "label" of its own'
+            )
+
+
+def _without_seed(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {k: _without_seed(v) for k, v in config.items() if k != "seed"}
+    return [_without_seed(v) for v in config] if isinstance(config, (list, tuple)) else config
+
+
 def _settings(method: str | dict[str, Any], ratios: Sequence[float], seeds: Sequence[int]) -> list[Setting]:
     """A method at every ratio, where it has one, and with every seed, where it has that field; a field given is not varied.
     A trained method, a folder or "zoo:NAME", runs as it stands."""
     if isinstance(method, str):
         method = {"trained" if is_trained(method) else "method": method}
+    if not isinstance(method, dict) or len(kinds := method.keys() & {"method", "chain", "trained"}) != 1:
+        raise ValueError(f"methods must be names, or dicts with one of method, chain and trained; got {method!r}")
     fields: dict[str, Any] = dict(method)
     label, ratio = fields.pop("label", None), fields.pop("ratio", None)
+    if label is not None and not isinstance(label, str):
+        raise ValueError(f"label must be a text, got {label!r}")
+    if ratio is not None:
+        check_ratio(ratio, "ratio")
+    if more := sorted(fields.keys() - kinds) if "method" not in kinds else []:
+        raise ValueError(f"a method that is a {min(kinds)} runs as it stands and takes no fields, got {', '.join(more)}")
     if "chain" in fields:
-        return [Setting(label or " | ".join(part["method"] for part in fields["chain"]), ratio, from_config(fields))]
+        made = from_config(fields)
+        return [Setting(label or " | ".join(type(part).name for part in made.stages), ratio, made)]
     if "trained" in fields:
         return [Setting(label or fields["trained"], ratio, from_pretrained(fields["trained"]))]
     name: str = fields.pop("method", None)
@@ -129,7 +163,7 @@ def load_preset(name: str) -> Preset:
         raise ValueError(f"preset must be a .json file or one of {', '.join(known)}; got {name!r}{did_you_mean(name, known)}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     try:
         sweeps = [Sweep(**sweep) for sweep in config["sweeps"]]
@@ -252,6 +286,7 @@ def bench(
     from mmcompress.eval.tasks import create_task
 
     _plotting()
+    _check_sweeps(sweeps)
     lines, pieces = out / f"{stem}.jsonl", out / f"{stem}.pieces.jsonl"
     if fresh:
         pieces.unlink(missing_ok=True)
@@ -317,6 +352,18 @@ def bench(
         if lost := [t for t in sweep.tasks if (number, t) not in taken]:
             raise ValueError(f"task {lost[0]} asks about {tasks[lost[0]].kind} items, which none of {sweep.models} takes")
     return report
+
+
+def _check_sweeps(sweeps: Sequence[Sweep]) -> None:
+    """`_check_labels` over all sweeps that ask one model the same questions: their results share a table."""
+    asked: dict[tuple, list[Setting]] = {}
+    for sweep in sweeps:
+        settings = sweep.settings()
+        for model in map(_model_name, sweep.models):
+            for task in sweep.tasks:
+                asked.setdefault((model, task, sweep.n, sweep.seed), []).extend(settings)
+    for together in asked.values():
+        _check_labels(together)
 
 
 def _reused(results: Sequence[Result], file: Path) -> str:
@@ -391,7 +438,7 @@ def read_lines(path: Path) -> list[Result]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1]):
         try:
             out.append(Result.from_json(json.loads(line)))
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number + 1}, is not a result: {error}") from error
     return out
 

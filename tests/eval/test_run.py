@@ -523,6 +523,53 @@ def test_a_chain_and_fields_in_a_plan():
     assert made["late", 0.5].layer == 4 and len(made["k_center | pooling", 0.25].stages) == 2
 
 
+def test_one_label_is_one_configuration(bencher):
+    """Two configurations under one label would be averaged as if they were seeds."""
+    other = {"method": "dpc_knn", "num_neighbors": 3, "label": "dpc_knn"}
+    with pytest.raises(ValueError, match="label must be of one configuration at one ratio, but for its seed, got 'dpc_knn'"):
+        Sweep(["m"], ["t"], ["dpc_knn", other])
+    chains = [{"chain": [{"method": "pooling", "keep_ratio": r}, {"method": "k_center", "layer": 2}]} for r in (0.5, 0.25)]
+    with pytest.raises(ValueError, match=r"got 'pooling \| k_center'"):
+        Sweep(["m"], ["t"], chains)
+    for name in ("random_keep", "none"):
+        with pytest.raises(ValueError, match=f"label must not be that of a control, got '{name}'"):
+            Sweep(["m"], ["t"], [{"method": "pooling", "label": name}])
+    assert Sweep(["m"], ["t"], [chains[0], {**chains[1], "label": "other"}, {**other, "label": "dpc_knn of 3"}, "dpc_knn"])
+    seeds = [{"method": "random_keep", "seed": seed, "label": "mine"} for seed in (1, 2)]
+    assert bencher(methods=seeds, keep_ratio=[0.5])[0].rows[-1].seeds == 2
+    plans = [{"methods": ["pooling"]}, {"methods": [{"method": "pooling", "stride": 2, "label": "pooling"}]}]
+    with pytest.raises(ValueError, match="label must be of one configuration"):
+        bencher(plans=plans)
+    assert bencher(plans=[plans[0], {**plans[1], "n": 7}], keep_ratio=[0.5])  # other questions, another table
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"models": [1]}, "models must be names, got 1"),
+        ({"tasks": [""]}, "tasks must be names, got ''"),
+        ({"methods": [5]}, "methods must be names, or dicts"),
+        ({"methods": [{"keep_ratio": 0.5}]}, "methods must be names, or dicts"),
+        ({"methods": [{"method": "pooling", "chain": []}]}, "methods must be names, or dicts"),
+        ({"methods": [{"method": "pooling", "label": 5}]}, "label must be a text, got 5"),
+        ({"methods": [{"chain": [{"method": "pooling"}], "ratio": "0.5"}]}, "ratio must be a number"),
+        ({"methods": [{"chain": [{"method": "pooling"}], "keep_ratio": 0.5}]}, "takes no fields, got keep_ratio"),
+        ({"methods": [{"chain": [{"stride": 2}]}]}, "config must hold 'method' or 'chain'"),
+        ({"methods": [""]}, "unknown method ''"),
+    ],
+)
+def test_what_is_no_plan(wrong, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        Sweep(**{"models": ["m"], "tasks": ["t"], "methods": ["pooling"], **wrong})
+
+
+@pytest.mark.parametrize("line", ["[]", "5", '{"model": "m"}', "null", "{"])
+def test_a_line_that_is_no_result_is_named(tmp_path, line):
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1, is not a result"):
+        bench.read_lines(tmp_path / "results.jsonl")
+
+
 def test_a_trained_method_in_a_plan(bencher, tmp_path):
     shapes = {"num_codes": 2, "mapper": True, "width": bencher.model.get_input_embeddings().weight.shape[1], "num_heads": 1}
     method = create("vq_hash", **shapes)
