@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mmcompress-installed
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup build build-cuda sanitize demo test lint clean
+.PHONY: help setup build build-cuda sanitize demo test fuzz lint clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -41,6 +41,9 @@ demo: setup       ## questions about pictures, clips and recordings, uncompresse
 
 test: setup       ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2
+
+fuzz: setup       ## 10,000 random uses of everything, against the oracle; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000 --seed 0 --jobs 2 --state build/fuzz
 
 lint: setup       ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files
