@@ -220,7 +220,7 @@ def run_values(case: dict[str, Any]) -> str:
         x = tokens.x.clone().requires_grad_()
         r = stage(replace(tokens, x=x))
         if r.x.requires_grad and r.x.numel():
-            r.x.sum().backward()
+            (r.x if r.mask is None else r.x[r.mask]).sum().backward()
             _must(bool(x.grad.isfinite().all()), "gradients are finite")
             _must(not bool(x.grad[r.assignment < 0].any()), "what was dropped has no gradient")
     return "right"
