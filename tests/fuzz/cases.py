@@ -1,4 +1,8 @@
-"""Cases by number: hypothesis draws them in blocks, each from a seed of its own; a case is plain JSON."""
+"""Cases by number: hypothesis draws them in blocks, each from a seed of its own; a case is plain JSON.
+
+Hypothesis also draws constants that it finds in our sources, so a number means the same case only while the sources are the same:
+a failing case is kept whole, never as a number.
+"""
 
 from __future__ import annotations
 
