@@ -1,6 +1,6 @@
 """Cases by number: hypothesis draws them in blocks, each from a seed of its own; a case is plain JSON.
 
-Hypothesis also draws constants that it finds in our sources, so a number means the same case only while the sources are the same:
+Hypothesis also draws constants that it finds in our sources, so a number means the same case only while these are the same:
 a failing case is kept whole, never as a number.
 """
 
