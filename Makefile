@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.mmcompress-installed
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: help setup build build-cuda sanitize demo test lint sdist wheel clean
+.PHONY: help setup build build-cuda sanitize demo test fuzz lint clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -45,6 +46,8 @@ test: setup       ## the whole test suite
 .PHONY: test-versions
 test-versions: setup ## the models' tests on every supported transformers, under an hour; ARGS="--help" tells more
 	$(BIN)/python benchmarks/versions.py $(ARGS)
+fuzz: setup       ## 10,000 random uses of everything, against the oracle; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000 --seed 0 --jobs 2 --state build/fuzz
 
 lint: setup       ## ruff, mypy, clang-format
 	$(BIN)/pre-commit run --all-files
