@@ -424,7 +424,9 @@ class Chain(Compressor):
             step = part(tokens)
             tokens = tokens.take(step)
             carries |= step.positions is not None
-            slot = step.assignment.gather(1, total.assignment.clamp(min=0))
+            slot = total.assignment  # all -1 where nothing was left
+            if step.assignment.shape[1]:
+                slot = step.assignment.gather(1, total.assignment.clamp(min=0))
             total = replace(
                 step,
                 anchor=total.anchor.gather(1, step.anchor),
@@ -442,6 +444,8 @@ def from_config(config: dict[str, Any]) -> Compressor:
     if not isinstance(config, dict):
         raise TypeError(f"config must be a dict with 'method' or 'chain', got {config!r}")
     if "chain" in config:
+        if not isinstance(config["chain"], (list, tuple)):
+            raise TypeError(f"chain must be a list of configurations, got {config['chain']!r}")
         return Chain(parts=tuple(stage for c in config["chain"] for stage in from_config(c).stages))  # a preset is a chain too
     if "method" not in config:
         raise ValueError(f"config must hold 'method' or 'chain', got keys {sorted(config)}")

@@ -90,11 +90,15 @@ def from_pretrained(folder: str | Path) -> Compressor:
     weights = folder / WEIGHTS
     try:
         state = load_file(weights) if weights.exists() else {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
     expected = set(compressor.state_dict())
     if set(state) != expected:
-        raise ValueError(f"{WEIGHTS} must hold the parameters {sorted(expected)}, got {sorted(state)}")
+        missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
+        raise ValueError(
+            f"{WEIGHTS} must hold the {len(expected)} parameters of {type(compressor).__name__}, {len(missing)} are missing "
+            f"({missing[0] if missing else 'none'}, …) and {len(extra)} are strange ({extra[0] if extra else 'none'}, …)"
+        )
     try:
         compressor.load_state_dict(state)
     except RuntimeError as error:  # a shape
@@ -109,7 +113,7 @@ def _read(folder: Path) -> tuple[Path, Any]:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if path.name == CONFIG:
             return path, _known(config, path)

@@ -126,7 +126,6 @@ def run_stages(stages: list[Placed], items: list[Item], x: Tensor, layer: int = 
             if layout.kind not in placed.stage.kinds:
                 for item in bucket:
                     item.count.untouched = placed.name
-                continue
             result = check(placed.stage, placed.stage(stack(bucket, reads)), bucket)
             for j, item in enumerate(bucket):
                 item.reduce(result, j)

@@ -170,7 +170,8 @@ def take_rows(v: Any, index: Tensor, P: int, real: Tensor, name: str = "") -> An
     if name == "position_ids":
         v = v.expand(*v.shape[:-2], B, P)
         return v.gather(-1, index.expand(*v.shape[:-2], *index.shape))
-    if v.shape[1] != P or v.shape[0] not in (1, B) or v.shape[-2:] == (P, P):
+    pairs = v.shape[-2:] == (P, P) and (v.dim() > 3 or v.dtype == torch.bool)  # of rows, not along them
+    if v.shape[1] != P or v.shape[0] not in (1, B) or pairs:
         return v
     out = rows(v.expand(B, *v.shape[1:]), index)
     if name.endswith("mask") and out.dim() == 2:  # padding of the reduced rows may come from dropped real ones

@@ -236,12 +236,12 @@ class Seam(Generating):
 
     def on_save(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The compressor is saved beside the model or adapter."""
-        from mmcompress.io import save_pretrained
+        from mmcompress.io import save_beside
 
         out = wrapped.original(*args, **kwargs)
         given = bound(wrapped.module, "save_pretrained", args, kwargs)
         if given.get("is_main_process", True):
-            save_pretrained(self.compressor, given["save_directory"])
+            save_beside(self.compressor, given["save_directory"])
         return out
 
     def remove(self) -> None:
@@ -308,6 +308,7 @@ class Seam(Generating):
                 kw["attention_mask"] = mask
         if is_reduced(cache):
             cache.licence = self.licence
+        self.check_mask(mask, ids)
         call = Call(self, kw, ids, mask, prepared is not None, prepared.extra if prepared is not None else 0)
         for kind, out in compat.encoded_ahead(kw).items():
             note: Encoded | None = getattr(out, NOTE, None)
@@ -324,6 +325,15 @@ class Seam(Generating):
                 f"{type(self.family.text).__name__}.forward)"
             )
         return out
+
+    @staticmethod
+    def check_mask(mask: Tensor | None, ids: Tensor | None) -> None:
+        """Raise ValueError where a mask has fewer columns than rows come in."""
+        if mask is not None and ids is not None and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
+            raise ValueError(
+                f"attention_mask must have one row for each sample and one column for each token of input_ids {list(ids.shape)}, "
+                f"got {list(mask.shape)}"
+            )
 
     def physical_mask(self, mask: Tensor | None, cache: Any, like: Tensor) -> Tensor:
         """The 2-D mask [B, past + S] over the rows that layer 0 holds, from one over all columns, over these rows, or None."""

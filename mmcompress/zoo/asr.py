@@ -15,5 +15,5 @@ def asr(cache_dir: str | Path | None, parts: Path | None) -> tuple[Any, Any]:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     folder = part_dir("whisper-tiny-en", cache_dir)
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), WhisperProcessor.from_pretrained(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), WhisperProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -40,7 +40,9 @@ def smollm2(tokens: Sequence[str], cache_dir: str | Path | None) -> tuple[Any, d
     from transformers import AutoTokenizer
 
     folder = part_dir("smollm2-135m-instruct", cache_dir)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", clean_up_tokenization_spaces=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, padding_side="left", clean_up_tokenization_spaces=False, trust_remote_code=False
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     config = json.loads((folder / "config.json").read_text())
     config["vocab_size"] = len(tokenizer)
