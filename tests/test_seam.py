@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from reference import capture, cut_of, find_items, reference, text_model
 from seam_methods import Attended, Direction, DropAll, MeanMerge, watch
 
@@ -297,10 +298,13 @@ def test_sampling(tiny, family, placement):
 @families
 @torch.no_grad()
 def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
-    """Upstream: with two items in a prompt the beams of LLaVA and Qwen2-Audio see i0 i0 / i0 i1 / i1 i1.
+    """Upstream: with two items in a prompt the beams of LLaVA and Qwen2-Audio see i0 i0 / i0 i1 / i1 i1, in 5.18 those of Qwen-VL
+    too; from 5.19 on only sound is mixed up.
 
     An installed compressor puts it right (the next two tests). When this one fails, that is no longer needed.
     """
+    version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+    right = MROPE if version < (5, 18) else () if version == (5, 18) else set(FAMILIES) - {"qwen2_audio"}
     model, seen = tiny(family), []
     text = text_model(model)
     original = text.forward
@@ -316,7 +320,7 @@ def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
     finally:
         del text.forward
     same = torch.equal(seen[0][0], seen[0][1]) and torch.equal(seen[0][0], seen[0][2])
-    assert same == (family in MROPE)
+    assert same == (family in right)
 
 
 @families

@@ -38,7 +38,8 @@ WAIT = 300.0
 """Seconds that taking a compressor out waits for calls that other threads are in."""
 
 
-MISSING = "mmcompress was not in the configuration"
+MARK = "apply_from_config"
+"""The name of an empty weight that a saved model holds: transformers reports it where nobody takes it."""
 
 
 class Running:
@@ -93,7 +94,7 @@ class Seam(Generating):
         self.items: list[Item] = []
         self.wrappers: list[Wrapped] = []
         self.licence, self.running = Licence(), Running()
-        self.config_before: Any = None  # what the configuration held at compress_
+        self.config_before: tuple[bool, Any] | None = None  # whether the configuration held an entry before, and which
         self.rotary: Rotary | None = None  # where a stage carries positions
         known = doors()
         self.standing = {name: known[name](self) for name in self.doors if name in known}
@@ -228,28 +229,37 @@ class Seam(Generating):
 
     def keep_config(self) -> None:
         """Name the compressor in the model's configuration, which transformers saves, until it is taken out."""
-        self.config_before = self.model.config.__dict__.get("mmcompress", MISSING)
+        own = self.model.config.__dict__
+        self.config_before = ("mmcompress" in own, own.get("mmcompress"))
         self.model.config.mmcompress = self.compressor.config()
         for model in {id(m): m for m in (self.model, self.outer)}.values():
             if hasattr(model, "save_pretrained"):
                 self.wrap(model, "save_pretrained", "on_save")
 
     def on_save(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The compressor is saved beside the model or adapter."""
+        """The compressor is saved beside the model or adapter. A mark among the weights makes transformers name
+        `mmcompress.apply_from_config` when the folder is loaded without it."""
         from mmcompress.io import save_beside
 
-        out = wrapped.original(*args, **kwargs)
         given = bound(wrapped.module, "save_pretrained", args, kwargs)
+        if given.get("state_dict") is not None:
+            given = {**given, "state_dict": {**given["state_dict"], f"mmcompress.{MARK}": torch.zeros(1)}}
+        self.compressor.register_buffer(MARK, torch.zeros(1))
+        try:
+            out = wrapped.original(**given)
+        finally:
+            del self.compressor._buffers[MARK]
         if given.get("is_main_process", True):
             save_beside(self.compressor, given["save_directory"])
         return out
 
     def remove(self) -> None:
         if self.config_before is not None:
-            if self.config_before is MISSING:
-                self.model.config.__dict__.pop("mmcompress", None)
+            was_there, value = self.config_before
+            if was_there:
+                self.model.config.mmcompress = value
             else:
-                self.model.config.mmcompress = self.config_before
+                self.model.config.__dict__.pop("mmcompress", None)
             self.config_before = None
         while self.wrappers:
             self.wrappers[-1].undo()
