@@ -1,5 +1,5 @@
-"""Alone = in a copy = in a pickle = from a saved folder; a returned cache may be copied, pickled, cropped, and outlives its block
-only with a sentence."""
+"""Alone = in a copy = in a pickle = from a saved folder; a returned cache may be copied, pickled, cropped, and outlives its
+block only with a sentence."""
 
 import copy
 import io

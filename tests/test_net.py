@@ -1,4 +1,5 @@
-"""The safety net: whatever else renames itself, moves or goes past the wrappers, a call with items is compressed or an error."""
+"""The safety net: whatever else renames itself, moves or goes past the wrappers, a call with items is compressed or an
+error."""
 
 import types
 

@@ -298,8 +298,8 @@ def test_sampling(tiny, family, placement):
 @families
 @torch.no_grad()
 def test_stock_beams_mix_up_the_items_of_a_prompt(tiny, family):
-    """Upstream: with two items in a prompt the beams of LLaVA and Qwen2-Audio see i0 i0 / i0 i1 / i1 i1, in 5.18 those of Qwen-VL
-    too; from 5.19 on only sound is mixed up.
+    """Upstream: with two items in a prompt the beams of LLaVA and Qwen2-Audio see i0 i0 / i0 i1 / i1 i1, in 5.18 those of
+    Qwen-VL too; from 5.19 on only sound is mixed up.
 
     An installed compressor puts it right (the next two tests). When this one fails, that is no longer needed.
     """

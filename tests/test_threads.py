@@ -156,7 +156,8 @@ def test_generate_within_generate(model, chain):
 @chains
 @torch.no_grad()
 def test_forwards_inside_a_logits_processor(model, chain):
-    """Contrastive decoding: every forward with a distorted picture is compressed as it is alone, and the answer is as before."""
+    """Contrastive decoding: every forward with a distorted picture is compressed as it is alone, and the answer is as
+    before."""
     inputs, seen = tiny_inputs("llava_next"), []
     distorted = {**inputs, "pixel_values": inputs["pixel_values"] + 0.5}
 
@@ -265,7 +266,6 @@ def test_nothing_of_a_call_stays(model):
     held = []
     with CHAINS["attention"]()(model) as run:
         pixels = tiny_inputs("llava_next")
-        features = model.model.get_image_features
         original = type(model.model).get_image_features
 
         def watched(*args, **kwargs):
@@ -273,7 +273,7 @@ def test_nothing_of_a_call_stays(model):
             held.extend(weakref.ref(f) for f in out.pooler_output)
             return out
 
-        type(model.model).get_image_features, features = watched, None
+        type(model.model).get_image_features, _features = watched, None
         try:
             model(**pixels, use_cache=False)
         finally:

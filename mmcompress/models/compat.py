@@ -53,6 +53,21 @@ def encoded_ahead(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {kind: out for kind, out in (arguments.get("mm_encoder_outputs") or {}).items() if out is not None}
 
 
+def rotary_sections(rotary: Any) -> Any:
+    """How many frequencies each axis of m-RoPE has, or None for plain RoPE."""
+    found = getattr(rotary, "mrope_section", None)
+    return found if found is not None else (getattr(rotary.config, "rope_parameters", None) or {}).get("mrope_section")
+
+
+def composed(table: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """cos or sin [B, S, d] of a rotary module's answer: where it gives one table an axis [3, B, S, d], as attention picks
+    them."""
+    if table.dim() == 3:
+        return table
+    parts = table.split(list(rotary_sections(rotary)) * 2, -1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
+
+
 def feature_lists(output: Any) -> dict[str, Any]:
     """Features of each item as an encoder's output holds them: by field, a list of tensors or a list of such lists."""
     found = {}

@@ -83,7 +83,8 @@ class EncoderDecoderSeam(Seam):
         given = bound(wrapped.module, "forward", args, kwargs).get("encoder_outputs")
         if given is not None and self.acts and not torch.compiler.is_compiling() and not self.knows(given):
             raise ValueError(
-                "encoder_outputs must come from this model's own encoder while the compressor is installed, which acts where the "
+                "encoder_outputs must come from this model's own encoder while the compressor is installed, which acts "
+                "where the "
                 f"encoder runs; got {type(given).__name__} made elsewhere (pass input_features instead)"
             )
         return wrapped.original(*args, **kwargs)

@@ -63,14 +63,16 @@ def check_found(family: Family, call: Call, items: list[Item], model: Any) -> No
     who = f"{type(model).__name__} under {compat.installed()}"
     if call.encoded:
         raise ValueError(
-            f"input_ids must hold the ids that stand for {', '.join(call.encoded)} features while a compressor is installed: {who} "
+            f"input_ids must hold the ids that stand for {', '.join(call.encoded)} features while a compressor is "
+            f"installed: {who} "
             f"made such features, and none of {ids} was found"
         )
     prompt = call.ids[:, : call.ids.shape[1] - call.extra]
     here = [kind for kind, i in ids.items() if bool((prompt == i).any())]
     if here:
         raise ValueError(
-            f"input_ids hold {', '.join(here)} placeholders, but {who} got no pixels, sound or features for them in this call: a "
+            f"input_ids hold {', '.join(here)} placeholders, but {who} got no pixels, sound or features for them in this "
+            "call: a "
             f"compressor is installed, and nothing would be compressed (looked for arguments of {', '.join(here)} and "
             "get_…_features; merged inputs_embeds, chunked prefill and features made elsewhere are not supported)"
         )
@@ -179,8 +181,8 @@ def clips(specs: list[ItemSpec], loose: list[ItemSpec]) -> list[ItemSpec]:
 
 
 def repeated(family: Family, given: dict[str, Any], input_ids: Tensor, copies: int) -> dict[str, Tensor]:
-    """Arguments with one entry (or one pack of patches) per item, for so many answers to every prompt: all items of a prompt once
-    for each of its answers. transformers repeats them item by item, which mixes up the items of a prompt with several."""
+    """Arguments with one entry (or one pack of patches) per item, for so many answers to every prompt: all items of a prompt
+    once for each of its answers. transformers repeats them item by item, which mixes up the items of a prompt with several."""
     B, S = input_ids.shape
     host, out = input_ids.cpu(), {}
     wise = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.dim() and tuple(v.shape[:2]) != (B, S)}
@@ -200,7 +202,8 @@ def repeated(family: Family, given: dict[str, Any], input_ids: Tensor, copies: i
             owner = owners(place, S, n, kind, sizes)
         if owner is None:
             raise ValueError(
-                f"{next(iter(mine))} must hold one entry per item for several answers to a prompt, got {n} for items of unknown "
+                f"{next(iter(mine))} must hold one entry per item for several answers to a prompt, got {n} for items of "
+                "unknown "
                 "sizes: give prompts with several items one by one"
             )
         order = expanded_order(owner, B, copies)

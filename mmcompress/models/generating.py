@@ -34,7 +34,8 @@ class Generating:
 
     def on_generate_batch(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
         raise ValueError(
-            "generate_batch (continuous batching, transformers serve) must not be used while a compressor is installed: its paged "
+            "generate_batch (continuous batching, transformers serve) must not be used while a compressor is installed: its "
+            "paged "
             "cache holds text only; use generate"
         )
 

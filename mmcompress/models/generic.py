@@ -68,7 +68,8 @@ class Family:
         core: Any = next((c for c in children if isinstance(c, nn.Module) and is_core(c)), None)
         if core is None:
             raise ValueError(
-                f"model must have a core that makes features (get_{{{','.join(KINDS)}}}_features) and hands them to a text model "
+                f"model must have a core that makes features (get_{{{','.join(KINDS)}}}_features) and hands them to a text "
+                "model "
                 f"(language_model, text_model or model), got {type(base).__name__} without one"
             )
         self.core: Any = core

@@ -98,7 +98,8 @@ class Placed:
             found = next((n for n in names if n in item.signals or n in LAYOUT), None)
             if found is None and not optional:
                 raise ValueError(
-                    f"{self.name} reads the signal {' or '.join(names)!r}, which this {item.kind} lacks: its rows cannot be traced to "
+                    f"{self.name} reads the signal {' or '.join(names)!r}, which this {item.kind} lacks: its rows cannot be "
+                    "traced to "
                     "outputs of the encoder"
                 )
             if found is not None and found not in LAYOUT:

@@ -163,10 +163,12 @@ def take_rows(v: Any, index: Tensor, P: int, real: Tensor, name: str = "") -> An
     from mmcompress.models.rows import rows
 
     if isinstance(v, tuple):
-        return tuple(take_rows(x, index, P, real) for x in v)
+        return tuple(take_rows(x, index, P, real, name) for x in v)
     if not isinstance(v, Tensor) or v.dim() < 2:
         return v
     B, index = len(index), index.to(v.device)
+    if name == "position_embeddings" and v.dim() > 2 and v.shape[-2] == P:  # some give one table an axis in front
+        return rows(v.expand(*v.shape[:-3], B, *v.shape[-2:]), index, v.dim() - 2)
     if name == "position_ids":
         v = v.expand(*v.shape[:-2], B, P)
         return v.gather(-1, index.expand(*v.shape[:-2], *index.shape))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmcompress.models import compat
 from mmcompress.models.items import Item
 
 SLOTS = 8
@@ -33,8 +34,19 @@ class Turned:
 
     def put(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """cos and sin [B, rows, width] with those of these tokens written in; new tensors."""
-        cos, sin = (t.index_put((self.sample, self.column), v) for t, v in zip(embeddings, (self.cos, self.sin), strict=True))
+        cos, sin = (
+            put(t, self.sample.to(t.device), self.column.to(t.device), v.to(t.device))
+            for t, v in zip(embeddings, (self.cos, self.sin), strict=True)
+        )
         return cos, sin
+
+
+def put(table: Tensor, sample: Tensor, column: Tensor, values: Tensor) -> Tensor:
+    """Values [M, width] at these places of a table [B, rows, width], or in all of [3, B, rows, width]."""
+    if table.dim() == 3:
+        return table.index_put((sample, column), values)
+    axis = torch.arange(len(table), device=table.device)[:, None]
+    return table.index_put((axis, sample, column), values.expand(len(table), *values.shape))
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,10 @@ class Rotary:
     @torch.no_grad()
     def of(cls, module: Any) -> Rotary:
         """Found by turning one axis at a time. Raises ValueError where the module's layout is another."""
-        plain = getattr(module, "mrope_section", None) is None
+        plain = compat.rotary_sections(module) is None
         one = torch.eye(3, dtype=torch.long, device=module.inv_freq.device)[:, :, None]  # [axis, batch, 1]
         _, sin = module(torch.zeros(1, device=one.device), one.new_ones(1, 1) if plain else one)
+        sin = compat.composed(sin, module)
         first, second = (sin[:, 0] != 0).chunk(2, -1)
         if not torch.equal(first, second) or not bool((first.sum(0) == 1).all()):
             raise ValueError(f"{type(module).__name__} must turn dimensions f and f + F by one axis each to carry positions")
@@ -95,7 +108,8 @@ class Rotary:
             row = torch.cat([ids.flatten(0, 1).T, longest[:, None]], 1)[:, None]  # [3, 1, M * P + 1]
             slot = self.slot(P).repeat(2).to(ids.device)
             dim = torch.arange(len(slot), device=ids.device)
-            cos, sin = (t[0, :-1].unflatten(0, (-1, P))[:, slot, dim] for t in module(like, row[0] if self.plain else row))
+            turned = (compat.composed(t, module) for t in module(like, row[0] if self.plain else row))
+            cos, sin = (t[0, :-1].unflatten(0, (-1, P))[:, slot, dim] for t in turned)
             sample = torch.cat([torch.full_like(item.columns, item.sample) for item in some])
             parts.append((sample, torch.cat([item.columns for item in some]), cos, sin))
         sample, column, cos, sin = map(torch.cat, zip(*parts, strict=True))

@@ -73,7 +73,8 @@ class Running:
         with self.changed:
             if not self.changed.wait_for(lambda: not self.calls, seconds):
                 raise RuntimeError(
-                    f"a compressor cannot be taken out while another thread is in generate or forward (waited {seconds:.0f} s): join "
+                    f"a compressor cannot be taken out while another thread is in generate or forward (waited {seconds:.0f} "
+                    "s): join "
                     "that thread first, the compressor is still installed"
                 )
 
@@ -200,7 +201,8 @@ class Seam(Generating):
                 found = tappable(last_block(tower))
                 if not found:
                     raise ValueError(
-                        f"the encoder must take its attention from transformers' attention functions to read {self.encoder_reads}, "
+                        f"the encoder must take its attention from transformers' attention functions to read "
+                        f"{self.encoder_reads}, "
                         f"got {type(tower).__name__}"
                     )
                 for module in found:
@@ -341,7 +343,8 @@ class Seam(Generating):
         """Raise ValueError where a mask has fewer columns than rows come in."""
         if mask is not None and ids is not None and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
             raise ValueError(
-                f"attention_mask must have one row for each sample and one column for each token of input_ids {list(ids.shape)}, "
+                f"attention_mask must have one row for each sample and one column for each token of input_ids "
+                f"{list(ids.shape)}, "
                 f"got {list(mask.shape)}"
             )
 
@@ -418,7 +421,8 @@ class Seam(Generating):
         if x is None:
             if self.acts and self.family.kinds(call):
                 raise RuntimeError(
-                    f"{type(self.model).__name__} under {compat.installed()} did not hand inputs_embeds to its text model: nothing "
+                    f"{type(self.model).__name__} under {compat.installed()} did not hand inputs_embeds to its text model: "
+                    "nothing "
                     "could be compressed"
                 )
             return wrapped.original(**kw)
@@ -453,7 +457,8 @@ class Seam(Generating):
         pattern = Pattern.of(kw, self.family.stack.config, past)
         if pattern.samples is not None and (odd := self.prompt_reads()):
             raise ValueError(
-                f"position_ids must not restart (packed samples) while a stage reads {', '.join(odd)}, which belong to one prompt: "
+                f"position_ids must not restart (packed samples) while a stage reads {', '.join(odd)}, which belong to one "
+                "prompt: "
                 "pad the samples instead"
             )
         left = call.mask is None or bool(call.mask[:, -1].all())
@@ -504,7 +509,8 @@ class Seam(Generating):
             out = door.leave(frame, out)
         if call.turned is not None:
             raise RuntimeError(
-                f"the text model of {type(self.model).__name__} under {compat.installed()} did not call its rotary_emb: carried "
+                f"the text model of {type(self.model).__name__} under {compat.installed()} did not call its rotary_emb: "
+                "carried "
                 "positions were not applied"
             )
         for item in frame.items:
@@ -545,7 +551,7 @@ class Seam(Generating):
         x, position_ids = kw.pop("x"), kw.pop("position_ids")
         last = turned.longest[-len(position_ids) :, None, None] if position_ids.dim() == 3 else turned.longest[:1, None]
         cos, sin = wrapped.original(x, torch.cat([position_ids, last.expand(*position_ids.shape[:-1], 1)], -1), **kw)
-        return turned.put((cos[:, :-1], sin[:, :-1]))
+        return turned.put((cos[..., :-1, :], sin[..., :-1, :]))
 
     def on_layer(self, wrapped: Wrapped, i: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         step = kwargs.pop(STEP, None)

@@ -25,8 +25,8 @@ def relevance(
     visual column; the query rows are the last N of the M columns. A share is the sum of the causal softmax attention, averaged
     over heads, from the rows of one set onto the columns of the other, over the sum onto all three sets; 1 where there is no
     text, 0 where there is nothing visual. real [B, M]: columns that are no padding (default: those of the three sets). Where
-    no text precedes a visual column the second share is 0 and costs nothing. weights(b, rows [R]) -> [Hq, R, M]: probabilities of
-    query rows of item b, where the layer's attention is not plainly causal (windows, soft caps).
+    no text precedes a visual column the second share is 0 and costs nothing. weights(b, rows [R]) -> [Hq, R, M]:
+    probabilities of query rows of item b, where the layer's attention is not plainly causal (windows, soft caps).
     """
     (B, Hq, N, _), (Hk, M) = q.shape, k.shape[1:3]
     if Hq % Hk or any(m.shape != (B, M) for m in (visual, text, before)):

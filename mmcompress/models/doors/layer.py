@@ -202,7 +202,8 @@ class Step:
         missing = sorted(set(self.door.stages) - set(self.cuts))
         if missing:
             raise RuntimeError(
-                f"layer {missing[0]} of this {self.door.seam.family.name} model ran without its stage under {compat.installed()}: its "
+                f"layer {missing[0]} of this {self.door.seam.family.name} model ran without its stage under "
+                f"{compat.installed()}: its "
                 f"text model does not hand the argument {STEP!r} to its layers; use a placement before the language model"
             )
         real, length = self.mask[:, self.past :], self.mask.shape[1]
@@ -240,7 +241,8 @@ class LayerDoor(Door):
         types = tuple(getattr(self.config, "layer_types", None) or ())
         if layer and (odd := sorted(set(types[layer:]) - set(CUTTABLE_MIXED))):
             raise ValueError(
-                f"layer must be None in {family.name} models, whose layers of type {', '.join(odd)} read more than rows and their "
+                f"layer must be None in {family.name} models, whose layers of type {', '.join(odd)} read more than rows and "
+                "their "
                 f"mask; got {stage.layer!r}"
             )
         own = depth - (getattr(self.config, "num_kv_shared_layers", None) or 0)
@@ -265,7 +267,8 @@ class LayerDoor(Door):
                 found = tappable(layers[cut - 1])
                 if not found:
                     raise ValueError(
-                        f"{self.seam.family.name} models must take their attention from transformers' attention functions to read "
+                        f"{self.seam.family.name} models must take their attention from transformers' attention functions "
+                        "to read "
                         f"{sorted(self.wanted(cut))}, got {type(layers[cut - 1]).__name__}"
                     )
                 for module in found:

@@ -1,7 +1,7 @@
 """What a method may read beside its tokens. Each signal is declared once, in a file of this folder, and found by its name.
 
-A signal is made only where a stage declares it, from what the taps saw in this very call, in float32, and dropped after the last
-stage of the call. A family says how rows of its encoder map to tokens (`Family.tokens_of`).
+A signal is made only where a stage declares it, from what the taps saw in this very call, in float32, and dropped after the
+last stage of the call. A family says how rows of its encoder map to tokens (`Family.tokens_of`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Signal:
     """One signal. name: as methods declare it. source: where it is made, one of
 
     - "layout": nothing to make, the item's layout holds it;
-    - "text": `make(call, x, words)`, words: for each sample of the batch the columns [T] of its own text -> one tensor a sample;
+    - "text": `make(call, x, words)`, words: for each sample of the batch the columns [T] of its own text -> one tensor a
+    sample;
     - "rotary": made by `Rotary.offer`;
     - "encoder": `make(seen, drop)` of an `Encoded` -> [M, ...] over the encoder's rows, `drop` of each view cut off its front;
     - "layer": `make(look)` of a `Look` at the attention of the layer before -> one tensor an item.
