@@ -185,7 +185,8 @@ def summary(rows: dict[str, Any]) -> str:
     here = {n: r for n, r in rows.items() if r["ok"] is not None}
     types = {r["model_type"] for r in here.values()}
     bad = {r["model_type"] for r in here.values() if not r["ok"]}
-    told = f"{sum(r['ok'] for r in here.values())} of {len(here)} configurations and {len(types - bad)} of {len(types)} model types"
+    passed = sum(r["ok"] for r in here.values())
+    told = f"{passed} of {len(here)} configurations and {len(types - bad)} of {len(types)} model types"
     missing = f"{len(rows) - len(here)} configurations are not in this version"
     return f"{told} pass; {missing}. Wrong or refused: {', '.join(sorted(bad)) or 'none'}."
 

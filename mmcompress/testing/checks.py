@@ -156,24 +156,24 @@ class Checks(Harness):
 
     def check_beams(self, stage: Compressor | None) -> str | None:
         self.several()
-        rows = list(range(self.samples))
+        rows = self.rows
         config = {"num_beams": 2, "output_scores": True, "output_logits": False}
         with self.compressed(stage):
             batch = self.generate(self.batch(rows), **config)
-            for r in rows:
+            for i, r in enumerate(rows):
                 own = self.batch([r])
                 single = self.generate(own, **config)
-                new = batch.sequences[r, -STEPS:]
+                new = batch.sequences[i, -STEPS:]
                 if not torch.equal(single.sequences[0, -STEPS:], new):
                     return f"row {r}: other tokens than alone"
                 score = self.forced(own, new.tolist()).log_softmax(-1).gather(1, new[:, None]).mean()
-                if abs(float(score - batch.sequences_scores[r])) > 10 * self.tolerance:
-                    return f"row {r}: score {float(batch.sequences_scores[r]):.4f}, its tokens have {float(score):.4f}"
+                if abs(float(score - batch.sequences_scores[i])) > 10 * self.tolerance:
+                    return f"row {r}: score {float(batch.sequences_scores[i]):.4f}, its tokens have {float(score):.4f}"
         return None
 
     def check_answers(self, stage: Compressor | None) -> str | None:
         self.several()
-        rows = list(range(self.samples))
+        rows = self.rows
         with self.compressed(stage), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             tokens, steps = self.answer(self.batch(rows), num_return_sequences=2, do_sample=True)
@@ -188,7 +188,7 @@ class Checks(Harness):
     def check_restore(self, stage: Compressor | None) -> str | None:
         inputs = self.batch()
         logits, tokens = self.model(**inputs).logits, self.answer(inputs)[0]
-        before, config = self.traces(), str(self.model.config)
+        before, config = (stage and self.known.get("traces")) or self.traces(), str(self.model.config)
         for fails in (False, True):
             try:
                 with self.compressed((stage and Fails(keep_ratio=self.keep_ratio)) if fails else stage):

@@ -102,6 +102,8 @@ def check_family(
     contract = Checks(model, inputs, samples, text_only, items, placeholders, layer, keep_ratio, tolerance, install)
     report = Report(f"{type(model).__name__} ({getattr(model.config, 'model_type', '?')})")
     with torch.no_grad():
+        if "restore" in checks:
+            contract.remember()
         for name in CHECKS:
             if name in checks:
                 report.verdicts[name] = judge(contract, name)
@@ -143,13 +145,25 @@ def judge(contract: Checks, name: str) -> str:
         wrong = f"{type(error).__name__}: {first_line(error)}"
     if wrong is None:
         return "pass"
-    try:
-        stock = check(None)
-    except NotRun:
-        stock = None
-    except Exception as error:
-        stock = f"{type(error).__name__}: {first_line(error)}"
+    stock = asked(check, None)
+    if (
+        stock and what in ("beams", "answers") and contract.narrow()
+    ):  # the items of a prompt are mixed up: those with one are not
+        with contract.narrowed():
+            alone, stock_alone = asked(check, stage), asked(check, None)
+        if alone and not stock_alone:
+            wrong, stock = f"prompts with one item: {alone}", None
     return f"fail: {wrong}" if stock is None else f"stock: {stock}"
+
+
+def asked(check: Callable, stage: Any) -> str | None:
+    """What is wrong, an error in one line too."""
+    try:
+        return check(stage)
+    except NotRun:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def refusal(error: BaseException) -> bool:

@@ -69,6 +69,24 @@ class Harness:
     def batch(self, rows: Sequence[int] | None = None, **config: Any) -> dict[str, Tensor]:
         return dict(self.inputs(list(range(self.samples)) if rows is None else list(rows), **config))
 
+    def narrow(self) -> list[int]:
+        """The samples with one item, where the items are known."""
+        return [r for r, own in enumerate(self.items or ()) if len(own) == 1]
+
+    @contextlib.contextmanager
+    def narrowed(self) -> Iterator[None]:
+        """`rows` are only those samples for a while."""
+        self.known["rows"] = self.narrow()
+        try:
+            yield
+        finally:
+            del self.known["rows"]
+
+    @property
+    def rows(self) -> list[int]:
+        """The samples that checks of several answers take."""
+        return self.known.get("rows") or list(range(self.samples))
+
     def several(self) -> None:
         if self.samples < 2:
             raise NotRun("needs several samples: give a function of rows as inputs")
@@ -204,6 +222,14 @@ class Harness:
         without = self.without(inputs, gone, cut)
         with without.hide() if self.hiding_is_removing(0) else without.remove():
             return self.model(**inputs).logits[0]
+
+    def remember(self) -> None:
+        """Note the traces of the model before anything was installed; a call of the stock model may leave some of its own."""
+        with contextlib.suppress(Exception):  # a stock model that cannot answer says so in the checks
+            self.model(**self.batch())
+            self.answer(self.batch())
+            self.answer(self.batch(), cache_implementation="static")
+        self.known["traces"] = self.traces()
 
     def traces(self) -> dict[str, Any]:
         """Whatever an installed compressor could leave on a module."""

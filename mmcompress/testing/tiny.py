@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcompress.testing.grids import GRIDDED
+from mmcompress.testing.more import MORE
 from mmcompress.testing.parts import BOS, PAD, PLACEHOLDERS, Family, Item, stock, words
 from mmcompress.testing.sounds import SOUNDS
 from mmcompress.testing.tested import CLIPS_ONLY, TESTED
@@ -18,7 +19,7 @@ from mmcompress.testing.views import VIEWS
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error of a logit that counts as equal, by dtype."""
 
-FAMILIES: dict[str, Family] = {**TESTED, **CLIPS_ONLY, **VIEWS, **GRIDDED, **SOUNDS}
+FAMILIES: dict[str, Family] = {**TESTED, **CLIPS_ONLY, **VIEWS, **GRIDDED, **SOUNDS, **MORE}
 """The names that `tiny_model` and `tiny_inputs` take. A family of several kinds of items has an entry for each, or one that
 mixes them."""
 

@@ -158,7 +158,7 @@ def test_fault_something_is_left(monkeypatch):
         self.model.lm_head.leftover = 1
 
     monkeypatch.setattr(installed, "__exit__", forget)
-    assert "leftover" in verdicts("restore")["restore"]
+    assert "leftover" in verdicts("install", "items", "restore")["restore"]  # whichever check left it
 
 
 def test_fault_counts(monkeypatch):
@@ -185,6 +185,18 @@ def test_stock_faults_are_told_apart():
     inputs = lambda rows: tiny_inputs("llava", 2, rows=rows)  # noqa: E731
     found = dict(check_family(model, inputs, samples=2, checks=["batch", "mask"]))
     assert found["batch"].startswith("stock") and found["mask"] == "pass"
+
+
+def test_beams_that_the_stock_model_mixes_up_are_right():
+    from mmcompress.testing.checks import Checks
+
+    items = tiny_items("llava", 2)
+    contract = Checks(
+        tiny_model("llava"), lambda rows: tiny_inputs("llava", 2, rows=rows), 2, None, items, None, 2, 0.4, 1e-4, {}
+    )
+    with torch.no_grad():
+        assert "score" in contract.check_beams(None)
+    assert set(dict(check_tiny("llava", ["beams", "answers"])).values()) == {"pass"}
 
 
 def test_refused_and_not_run():
