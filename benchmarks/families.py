@@ -138,7 +138,8 @@ def sweep(names: list[str], folder: str | None, jobs: int, fresh: bool) -> str:
                 row = json.loads(line)
             with lock:
                 done += 1
-                known[row.pop("name", name)] = {**row, "sources": mark}
+                row.pop("name", None)
+                known[name] = {**row, "sources": mark}
                 save(results)
                 left = (time.monotonic() - start) / done * (len(todo) - done)
                 print(f"{done:3d}/{len(todo)} {name:24s} {told(row)}  ({left / 60:.0f} min left)", flush=True)

@@ -189,6 +189,7 @@ _PERCEIVER = dict(
 )
 _LLAMA4_TOWER = {**VIEW, "intermediate_size": 4 * WIDTH, "vision_output_dim": WIDTH, "projector_input_dim": WIDTH}
 _LLAMA4 = dict(head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=256)
+_GRANITE_QUERIES = qformer(hidden_size=64, encoder_hidden_size=64)
 _CONV = dict(layer_types=["conv", "full_attention"] * 2, block_multiple_of=16)
 _SIGLIP2 = dict(model_type="siglip2_vision_model", num_patches=64, vision_use_head=False)
 _PIXTRAL = dict(vision_config=tower("pixtral", patch_size=4, head_dim=8), text_config=mistral(), vision_feature_layer=-1)
@@ -334,10 +335,10 @@ VIEWS: dict[str, Family] = {
         qformer_config=qformer(num_hidden_layers=2), text_config=text(), num_query_tokens=12, image_token_index=IMAGE,
     ),
     "granite4_vision": entry(
-        "Granite4VisionForConditionalGeneration", _crops_in_layers, SIZES, vision_config=siglip(),
+        "Granite4VisionForConditionalGeneration", _crops_in_layers, SIZES, vision_config=siglip(hidden_size=64),
         text_config=text("granite4_vision_text"), image_token_index=IMAGE, vision_feature_select_strategy="full",
         image_grid_pinpoints=PINPOINTS, downsample_rate="1/2", deepstack_layer_map=[[-1, 0], [-2, 1]], spatial_target_layers=[2,
-        3], qformer_config={**qformer(), "model_type": "blip_2_qformer", "cross_attention_frequency": 1},
+        3], qformer_config={**_GRANITE_QUERIES, "model_type": "blip_2_qformer", "cross_attention_frequency": 1},
     ),
     "mllama": entry(
         "MllamaForConditionalGeneration", _tiles, most=1, text_row=False,
@@ -348,7 +349,8 @@ VIEWS: dict[str, Family] = {
         image_token_index=IMAGE,
     ),
     "molmo2": entry(
-        "Molmo2ForConditionalGeneration", _molmo, ((4, 4), (2, 4), (4, 2)), most=1, vision_config={**VIEW, **_MOLMO_TOWER,
+        "Molmo2ForConditionalGeneration", _molmo, ((4, 4), (2, 4), (4, 2)), most=1,
+        text_row=False, vision_config={**VIEW, **_MOLMO_TOWER,
         "image_size": [SIDE, SIDE]}, adapter_config=dict(vision_feature_layer=[-1, -2], num_attention_heads=4,
         num_key_value_heads=4, head_dim=8, intermediate_size=48, text_hidden_size=WIDTH, hidden_size=WIDTH),
         text_config=dict(hidden_size=WIDTH, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=VOCAB - 8,
