@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SIZES = ((224, 320), (320, 224), (256, 256))
+SIZES = ((160, 112), (112, 160))
 """(width, height) of the pictures of noise."""
-SECONDS = (1.0, 2.0, 1.5)
+SECONDS = (1.0, 2.0)
 NUM_FRAMES = 4
-WORDS = ("What is this?", "Which colours do you see here, and where?", "Say it in a few words, please.")
+WORDS = ("What is this?", "Which colours do you see here, and where?")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -27,11 +27,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Print the table (or JSON); 1 where the model does not keep the contract."""
     from mmcompress.ask import quiet
+    from mmcompress.cli import progress
     from mmcompress.testing import CHECKS
 
     quiet()
     checks = list(CHECKS) if args.checks is None else [c.strip() for c in args.checks.split(",")]
-    report = check(args.model, kind=args.kind, layer=args.layer, checks=checks)
+    report = check(args.model, kind=args.kind, layer=args.layer, checks=checks, progress=progress)
+    progress("")
     if args.json:
         import json
 
@@ -69,7 +71,7 @@ def text(report: Any) -> str:
 
 
 class Samples:
-    """Three prompts about items of noise, in batches that the model's own processor pads on the left."""
+    """Two prompts about items of noise, in batches that the model's own processor pads on the left."""
 
     def __init__(self, model: Any, processor: Any, kind: str | None = None):
         import numpy as np
@@ -110,7 +112,7 @@ class Samples:
 
     def text_only(self) -> Mapping[str, Any]:
         """Two prompts without items."""
-        return self._prepared([self._prompt(words, []) for words in WORDS[:2]])
+        return self._prepared([self._prompt(words, []) for words in WORDS])
 
     def _prompt(self, words: str, kinds: Sequence[str]) -> str:
         content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": words}]

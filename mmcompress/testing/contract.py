@@ -82,6 +82,7 @@ def check_family(
     keep_ratio: float = 0.4,
     tolerance: float = 1e-4,
     checks: Sequence[str] = tuple(CHECKS),
+    progress: Callable[[str], None] | None = None,
     **install: Any,
 ) -> Report:
     """Run the contract on one model, through the public interface only.
@@ -90,7 +91,8 @@ def check_family(
     argument `padding_side` it is asked for right padding too. A plain dict is one sample, and what takes several is not run.
     text_only: a batch without items. items: for each sample how many placeholder rows each of its items has.
     placeholders: the ids that stand for rows of items (default: those that the model's configuration names).
-    layer: the decoder layer of the layer checks. tolerance: relative to the largest logit.
+    layer: the decoder layer of the layer checks. progress: is told the name of each check.
+    tolerance: relative to the largest logit.
     install: goes to the installing context (`seam=…`).
     Raises ValueError for unknown checks.
     """
@@ -106,6 +108,8 @@ def check_family(
             contract.remember()
         for name in CHECKS:
             if name in checks:
+                if progress is not None:
+                    progress(name)
                 report.verdicts[name] = judge(contract, name)
                 if name == "install" and report.verdicts[name] != "pass":
                     break
