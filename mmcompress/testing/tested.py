@@ -260,22 +260,25 @@ def _tower(build: Callable, name: str) -> Callable:
 
 _PICTURES = ((30, 30), (12, 40), (44, 14), (20, 31))
 _CLIPS = (("image", 1, 8, 8), ("image", 1, 6, 10), ("video", 2, 4, 8), ("image", 1, 4, 12), ("video", 3, 6, 4))
+BOTH = ("image", "video")
 TESTED: dict[str, Family] = {
     "llava": Family(_llava, _view, (0, 1, 2)),
     "llava_siglip": Family(_tower(_llava, "siglip"), _view, (0, 1, 2)),
     "llava_dinov2": Family(_tower(_llava, "dinov2"), _view, (0, 1, 2)),
     "llava_next": Family(_llava_next, _anyres, _PICTURES),
     "llava_next_dinov2": Family(_tower(_llava_next, "dinov2"), _anyres, _PICTURES),
-    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types),
-    "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types),
-    "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types),
-    "llava_onevision": Family(_llava_onevision, _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types, kinds=BOTH),
+    "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types, kinds=BOTH),
+    "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types, kinds=BOTH),
+    "llava_onevision": Family(_llava_onevision, _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip"), kinds=BOTH),
     "llava_onevision_dinov2": Family(
-        _tower(_llava_onevision, "dinov2"), _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")
+        _tower(_llava_onevision, "dinov2"), _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip"), kinds=BOTH
     ),
-    "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83)),
+    "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83), kinds=("audio",)),
 }
 CLIPS_ONLY: dict[str, Family] = {
     "llava_onevision_clip": replace(TESTED["llava_onevision"], sizes=("clip",), kinds=("video",)),
-    "qwen2_5_vl_clip": replace(TESTED["qwen2_5_vl"], sizes=(("video", 3, 6, 4), ("video", 2, 4, 8), ("video", 2, 4, 4))),
+    "qwen2_5_vl_clip": replace(
+        TESTED["qwen2_5_vl"], sizes=(("video", 3, 6, 4), ("video", 2, 4, 8), ("video", 2, 4, 4)), kinds=("video",)
+    ),
 }
