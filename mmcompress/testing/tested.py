@@ -1,26 +1,17 @@
-"""Tiny random models of every supported family with inputs that fit them: for this package's tests and for authors of methods.
-
-    model, inputs = tiny_model("llava_next"), tiny_inputs("llava_next", batch_size=4)
-    with mmcompress.create("k_center", keep_ratio=0.25)(model) as run:
-        model.generate(**inputs, max_new_tokens=8)
-
-The weights are random with a fixed seed and large enough that attention is far from flat: a wrong mask or position
-shows in the logits.
-transformers is imported inside the functions only.
-"""
+"""The families that have an adapter of their own: pictures, clips and recordings mixed in one prompt."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-VOCAB, PAD, BOS, IMAGE, VIDEO, AUDIO, START, END, FIRST_WORD = 99, 0, 1, 3, 4, 5, 6, 7, 10
-PLACEHOLDERS = (IMAGE, VIDEO, AUDIO)
+from mmcompress.testing.parts import AUDIO, BOS, END, IMAGE, PAD, START, VIDEO, VOCAB, Family, Item, words
+
 HIDDEN = 64
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -58,28 +49,6 @@ QWEN: dict[str, Any] = {
 CLIP_FRAMES = 2  # of LLaVA-OneVision, whose clips in a batch have one length
 MEL_BINS, NUM_MEL = 8, 96  # 48 encoder frames, at most 24 tokens
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48], [48, 16]]
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest error of a logit that counts as equal, by dtype."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image, clip or recording: its ids in the prompt and its share of the model's inputs, which a batch concatenates."""
-
-    ids: list[int]
-    tensors: dict[str, Tensor]
-    num_separators: int = 0
-
-
-@dataclass(frozen=True)
-class Family:
-    """config(**overrides) -> the model's configuration; item(size, generator) -> Item; `tiny_inputs` cycles through sizes."""
-
-    config: Callable[..., Any]
-    item: Callable[[Any, torch.Generator], Item]
-    sizes: tuple[Any, ...]
-    batch_tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
 
 def _update(default: dict, changes: Mapping | None) -> dict:
@@ -270,7 +239,7 @@ def _qwen3(size: tuple[str, int, int, int], generator: torch.Generator) -> Item:
     if kind == "image":
         return item
     step = [START, *[VIDEO] * (h * w // MERGE**2), END]
-    return replace(item, ids=[i for _ in range(t) for i in (*_words(2, generator), *step)])
+    return replace(item, ids=[i for _ in range(t) for i in (*words(2, generator), *step)])
 
 
 def _token_types(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -291,130 +260,25 @@ def _tower(build: Callable, name: str) -> Callable:
 
 _PICTURES = ((30, 30), (12, 40), (44, 14), (20, 31))
 _CLIPS = (("image", 1, 8, 8), ("image", 1, 6, 10), ("video", 2, 4, 8), ("image", 1, 4, 12), ("video", 3, 6, 4))
-FAMILIES: dict[str, Family] = {
+BOTH = ("image", "video")
+TESTED: dict[str, Family] = {
     "llava": Family(_llava, _view, (0, 1, 2)),
     "llava_siglip": Family(_tower(_llava, "siglip"), _view, (0, 1, 2)),
     "llava_dinov2": Family(_tower(_llava, "dinov2"), _view, (0, 1, 2)),
     "llava_next": Family(_llava_next, _anyres, _PICTURES),
     "llava_next_dinov2": Family(_tower(_llava_next, "dinov2"), _anyres, _PICTURES),
-    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types),
-    "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types),
-    "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types),
-    "llava_onevision": Family(_llava_onevision, _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen2_5, _CLIPS, _token_types, kinds=BOTH),
+    "qwen2_vl": Family(_qwen2_vl, _qwen, _CLIPS, _token_types, kinds=BOTH),
+    "qwen3_vl": Family(_qwen3_vl, _qwen3, _CLIPS, _token_types, kinds=BOTH),
+    "llava_onevision": Family(_llava_onevision, _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip"), kinds=BOTH),
     "llava_onevision_dinov2": Family(
-        _tower(_llava_onevision, "dinov2"), _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip")
+        _tower(_llava_onevision, "dinov2"), _picture_or_clip, (_PICTURES[0], "clip", *_PICTURES[1:], "clip"), kinds=BOTH
     ),
-    "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83)),
+    "qwen2_audio": Family(_qwen2_audio, _recording, (96, 50, 71, 83), kinds=("audio",)),
 }
-"""One line per family: the names that `tiny_model` and `tiny_inputs` take."""
-
-
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {name!r}")
-    return FAMILIES[name]
-
-
-def tiny_model(family: str, seed: int = 0, gain: float = 1.0, **overrides: Any) -> Any:
-    """A random model of the family in float32 and eval mode, without an end token, that never generates placeholders.
-
-    overrides: `text` and `vision` are dicts of changes to the text and tower configuration, `tower` is clip, siglip or dinov2
-    (LLaVA families), anything else goes to the model's configuration.
-    gain: the standard deviation of a matrix is gain / sqrt(fan in).
-    """
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig, Qwen2AudioForConditionalGeneration
-
-    config = _family(family).config(**overrides)
-    config.eos_token_id = None
-    families: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    build: Any = Qwen2AudioForConditionalGeneration if family == "qwen2_audio" else families[type(config)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            for name, p in module.named_parameters(recurse=False):
-                noise = torch.randn(p.shape, generator=generator)
-                if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and p.dim() > 1:
-                    p.copy_(noise * gain / math.sqrt(p[0].numel()))
-                elif p.dim() == 1 and name in ("weight", "lambda1"):  # norms and layer scales
-                    p.copy_(1 + 0.1 * noise)
-                else:
-                    p.copy_(noise * (0.1 if name == "bias" else 0.5))
-    model.generation_config = GenerationConfig(
-        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None, suppress_tokens=list(PLACEHOLDERS)
-    )
-    return model.float().eval()
-
-
-def tiny_inputs(
-    family: str,
-    batch_size: int = 2,
-    seed: int = 0,
-    items: Sequence[Sequence[int]] | None = None,
-    padding_side: str = "left",
-    rows: Sequence[int] | None = None,
-) -> dict[str, Tensor]:
-    """A padded batch of prompts, ready for `model(**inputs)` and `model.generate(**inputs)`.
-
-    items: for each row the sizes of its items, as indices into `FAMILIES[family].sizes`; by default row 0 has two items, the
-    others one of another size each, and from batch_size 4 on the last row is text only.
-    rows: make only these rows of that batch, padded among themselves: a row's content follows from the seed and its own number,
-    so `rows=[2]` is sample 2 alone.
-    """
-    spec = _family(family)
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side must be left or right, got {padding_side!r}")
-    n = len(spec.sizes)
-    if items is None:
-        items = [[0, 1], *([(r + 1) % n] for r in range(1, batch_size))][:batch_size]
-        if batch_size >= 4:
-            items[-1] = []
-    if len(items) != batch_size:
-        raise ValueError(f"items must list {batch_size} rows (batch_size), got {len(items)}")
-    prompts: list[list[int]] = []
-    tensors: dict[str, list[Tensor]] = {}
-    for r in range(batch_size) if rows is None else rows:
-        generator = torch.Generator().manual_seed(1000 * seed + r)
-        ids = [BOS, *_words(2 + r % 3, generator)]
-        for i, index in enumerate(items[r]):
-            item = spec.item(spec.sizes[index % n], generator)
-            ids += (
-                item.ids if i % 2 else [*_words(1, generator), *item.ids]
-            )  # items 0 and 1 touch where the family has no marks around them
-            for name, value in item.tensors.items():
-                tensors.setdefault(name, []).append(value)
-        prompts.append(ids + _words(4 + (2 * r) % 5, generator))
-    length = max(map(len, prompts))
-    pad = [[0] * (length - len(p)) for p in prompts]
-    left = padding_side == "left"
-    input_ids = torch.tensor([z + p if left else p + z for z, p in zip(pad, prompts, strict=True)])
-    mask = torch.tensor([z + [1] * len(p) if left else [1] * len(p) + z for z, p in zip(pad, prompts, strict=True)])
-    inputs: dict[str, Tensor] = {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        **{k: torch.cat(v) for k, v in tensors.items()},
-    }
-    return {**inputs, **spec.batch_tensors(inputs)} if spec.batch_tensors else inputs
-
-
-def _words(count: int, generator: torch.Generator) -> list[int]:
-    return torch.randint(FIRST_WORD, VOCAB, (count,), generator=generator).tolist()
-
-
-def devices() -> list[torch.device]:
-    """The CPU, and the first CUDA device where there is one."""
-    return [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    """AssertionError unless shapes agree and no element differs by more than `tolerance` (default: TOLERANCE by dtype)."""
-    if actual.shape != expected.shape:
-        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
-    if actual.numel() == 0:
-        return
-    tolerance = TOLERANCE[actual.dtype] if tolerance is None else tolerance
-    error = (actual.double() - expected.double()).abs().max().item()
-    if not error <= tolerance:
-        raise AssertionError(f"largest difference {error:.3g} exceeds {tolerance:.3g}")
+CLIPS_ONLY: dict[str, Family] = {
+    "llava_onevision_clip": replace(TESTED["llava_onevision"], sizes=("clip",), kinds=("video",)),
+    "qwen2_5_vl_clip": replace(
+        TESTED["qwen2_5_vl"], sizes=(("video", 3, 6, 4), ("video", 2, 4, 8), ("video", 2, 4, 4)), kinds=("video",)
+    ),
+}
