@@ -86,7 +86,7 @@ def places(family: Family, call: Call, kind: str, host: Tensor) -> list[tuple[It
     if not len(place):
         return []
     S = host.shape[1]
-    loose, order = runs(kind, place, S), call.order.get(kind)
+    order = call.order.get(kind)
     own = type(family).specs is not Family.specs
     specs: list[ItemSpec] | None
     if family.per_sample:
@@ -97,10 +97,10 @@ def places(family: Family, call: Call, kind: str, host: Tensor) -> list[tuple[It
         copies = len(order) // (max(order) + 1)
         specs = family.specs(call, kind, len(place) // copies)
         specs = specs and [specs[i] for i in order]
-    if specs is None or (not own and not fits(specs, place, loose, S)):
-        specs = loose
+    if specs is None or (not own and not fits(specs, kind, place, S)):
+        specs = runs(kind, place, S)
     elif kind == "video" and not own:
-        specs = clips(specs, loose)
+        specs = clips(specs, runs(kind, place, S))
     if sum(s.num_rows for s in specs) != len(place):
         raise ValueError(
             f"the {kind} features stand for {sum(s.num_rows for s in specs)} rows, input_ids hold {len(place)} placeholders"
@@ -145,14 +145,14 @@ def word_columns(family: Family, call: Call, x: Tensor, host: Tensor) -> list[Te
     return [row.nonzero()[:, 0] for row in text]
 
 
-def fits(specs: list[ItemSpec], place: Tensor, loose: list[ItemSpec], S: int) -> bool:
+def fits(specs: list[ItemSpec], kind: str, place: Tensor, S: int) -> bool:
     """Whether items of these lengths can lie at these places: each within its sample, and none a lone row of a longer run."""
     if sum(s.num_rows for s in specs) != len(place):
         return False
     parts = place.split([s.num_rows for s in specs])
     if any(int(p[0]) // S != int(p[-1]) // S for p in parts if len(p)):
         return False
-    return not (all(s.num_rows == 1 for s in specs) and len(loose) < len(specs))
+    return any(s.num_rows != 1 for s in specs) or len(runs(kind, place, S)) >= len(specs)
 
 
 def clips(specs: list[ItemSpec], loose: list[ItemSpec]) -> list[ItemSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class ItemSpec:
     source: Tensor | None = None
 
     @classmethod
+    @functools.lru_cache(maxsize=512)  # noqa: B019: of the class, not of a model
     def lattice(cls, kind: str, grid: tuple[int, int, int], start: int | None = None) -> ItemSpec:
         """An item whose rows are exactly the raster of (t, h, w), at `start` in the encoder's output."""
         t, h, w = grid

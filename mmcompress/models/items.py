@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -199,7 +199,4 @@ def runs(kind: str, place: Tensor, S: int) -> list[ItemSpec]:
     """Each run of neighbouring placeholder columns is one item of unknown structure."""
     breaks = (place[1:] != place[:-1] + 1) | (place[1:] % S == 0)
     edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(place)]
-    out = [ItemSpec.lattice(kind, (b - a, 1, 1)) for a, b in itertools.pairwise(edges)]
-    for spec in out:
-        spec.source = None
-    return out
+    return [replace(ItemSpec.lattice(kind, (b - a, 1, 1)), source=None) for a, b in itertools.pairwise(edges)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 from collections import Counter
 from typing import Any
@@ -32,7 +31,7 @@ from mmcompress.models.masks import Pattern, gather_extra, text_mask
 from mmcompress.models.rotary import Rotary, axes
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals.taps import Attention, last_block, place_of, run_tapped, tappable
-from mmcompress.models.wrap import Wrapped, base_model, bound, method_of
+from mmcompress.models.wrap import Wrapped, base_model, bound, parameters_of
 
 WAIT = 300.0
 """Seconds that taking a compressor out waits for calls that other threads are in."""
@@ -104,9 +103,8 @@ class Seam(Generating):
         self.encoder_reads = sorted(wanted & set(signals.of_source("encoder")))
         self.text_reads = bool(wanted & set(signals.of_source("text")))
         self.acts = any(d.stages for d in self.standing.values())
-        names = inspect.signature(method_of(self.family.core, "forward")).parameters
-        self.core_names = tuple(names)
-        self.item_names = (*(n for n in names if holds_items(n)), "mm_encoder_outputs")
+        self.core_names = parameters_of(type(self.family.core), "forward")
+        self.item_names = (*(n for n in self.core_names if holds_items(n)), "mm_encoder_outputs")
         """Arguments of the core that hold pixels, sound or features."""
 
     def decoder(self) -> Decoder:

@@ -4,6 +4,7 @@ changes are ignored by compiled models, these are not."""
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import types
@@ -81,14 +82,23 @@ def bound(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) -> 
     """The arguments of a call of `module.name` by name."""
     if not args:
         return kwargs
-    out = {}
-    signature = inspect.signature(method_of(module, name))
-    for key, value in signature.bind_partial(*args, **kwargs).arguments.items():
-        if signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
-            out.update(value)
-        else:
-            out[key] = value
-    return out
+    out, names = {}, parameters_of(type(module), name)
+    for key, value in zip(names, args, strict=False):
+        if key in kwargs:
+            raise TypeError(f"{type(module).__name__}.{name} got two values for {key}")
+        out[key] = value
+    if len(args) > len(names):
+        raise TypeError(f"{type(module).__name__}.{name} takes at most {len(names)} positional arguments, got {len(args)}")
+    return {**out, **kwargs}
+
+
+@functools.cache
+def parameters_of(kind: type, name: str) -> tuple[str, ...]:
+    """Names of the arguments of a method that may be given by position, without self."""
+    parameters = inspect.signature(inspect.getattr_static(kind, name).__get__(None, kind)).parameters.values()
+    static = isinstance(inspect.getattr_static(kind, name), staticmethod)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional)[0 if static else 1 :]
 
 
 def method_of(module: nn.Module, name: str) -> Any:
@@ -98,7 +108,7 @@ def method_of(module: nn.Module, name: str) -> Any:
 
 def first_parameter(module: nn.Module) -> str:
     """The name of the first argument of a module's forward."""
-    return next(iter(inspect.signature(method_of(module, "forward")).parameters))
+    return parameters_of(type(module), "forward")[0]
 
 
 def base_model(model: Any) -> Any:
