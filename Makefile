@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.mmcompress-installed
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help setup build build-cuda sanitize demo test test-versions fuzz lint sdist wheel clean
+.PHONY: help setup build build-cuda sanitize demo test test-versions test-families fuzz lint sdist wheel clean
 .DEFAULT_GOAL := help
 
 help:             ## this list
@@ -44,6 +44,9 @@ test: setup       ## the whole test suite
 
 test-versions: setup ## the models' tests on every supported transformers, under an hour; ARGS="--help" tells more
 	$(BIN)/python benchmarks/versions.py $(ARGS)
+
+test-families: setup ## the contract of every family; WITH="--with DIR" adds other versions of transformers; goes on where it stopped
+	$(BIN)/python benchmarks/families.py $(WITH)
 
 fuzz: setup       ## 10,000 random uses of everything, against the oracle; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000 --seed 0 --jobs 2 --state build/fuzz

@@ -1,4 +1,4 @@
-"""The command line: `mmcompress demo | run | inspect | bench | methods | models | doctor`.
+"""The command line: `mmcompress demo | run | inspect | bench | methods | models | check | doctor`.
 
 Results go to stdout, progress and errors to stderr. Bad input is one sentence and exit code 2; anything else that goes wrong
 keeps its traceback.
@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         args = parser().parse_args(_command(arguments))
-        args.command(args)
-        return 0
+        return args.command(args) or 0
     except BrokenPipeError:  # the reader of a pipe had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -401,6 +400,18 @@ def _models(args: argparse.Namespace) -> None:
     print(f"\nReady to use: {', '.join(names)}. Any folder or hub id of these families works with --model.")
 
 
+def _check_arguments(p: argparse.ArgumentParser) -> None:
+    from mmcompress.check import arguments
+
+    arguments(p)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from mmcompress.check import command
+
+    return command(args)
+
+
 def _doctor(args: argparse.Namespace) -> None:
     from mmcompress import doctor
 
@@ -527,6 +538,13 @@ COMMANDS: dict[str, tuple[str, str, Callable, Callable, str]] = {
     ),
     "methods": ("list the methods: their signals and fields", "", _nothing, _methods, "mmcompress methods"),
     "models": ("list the model families, and the ready models", "", _nothing, _models, "mmcompress models"),
+    "check": (
+        "check a model: whether it answers with any method as the stock model would, one line per check",
+        "MODEL [options] ",
+        _check_arguments,
+        _check,
+        "mmcompress check smolvlm",
+    ),
     "doctor": (
         "show what is installed: versions, which kernels run and why, what would make it faster",
         "",

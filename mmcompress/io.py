@@ -94,16 +94,18 @@ def from_pretrained(folder: str | Path) -> Compressor:
         raise ValueError(f"{weights} is not a whole safetensors file: {error}") from error
     expected = set(compressor.state_dict())
     if set(state) != expected:
-        missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
-        raise ValueError(
-            f"{WEIGHTS} must hold the {len(expected)} parameters of {type(compressor).__name__}, {len(missing)} are missing "
-            f"({missing[0] if missing else 'none'}, …) and {len(extra)} are strange ({extra[0] if extra else 'none'}, …)"
-        )
+        raise ValueError(f"{WEIGHTS} must hold the parameters {some(expected)}, got {some(set(state))}")
     try:
         compressor.load_state_dict(state)
     except RuntimeError as error:  # a shape
         raise ValueError(f"{weights} does not fit {path}: {error}") from error
     return compressor
+
+
+def some(names: set[str], most: int = 4) -> str:
+    """Names as a list, of many the first few."""
+    first = sorted(names)[:most]
+    return str(first) if len(names) <= most else f"{str(first)[:-1]}, … {len(names)} in all]"
 
 
 def _read(folder: Path) -> tuple[Path, Any]:
@@ -178,13 +180,23 @@ def apply_from_config(model: Any, folder: str | Path | None = None) -> Any:
     from mmcompress.patch import compress_
 
     config = getattr(getattr(model, "config", None), "mmcompress", None)
+
+    def install(compressor: Compressor) -> Any:
+        before = model.config.__dict__.pop("mmcompress", None)  # that of this very compressor: `restore_` takes it out too
+        try:
+            return compress_(model, compressor)
+        except BaseException:
+            if before is not None:
+                model.config.mmcompress = before
+            raise
+
     if config is None and folder is None:
         raise ValueError(f"model.config.mmcompress must hold a configuration, {type(model).__name__} has none; use compress_")
     remembered = None if config is None else from_config(_known(config, "model.config.mmcompress"))
     if remembered is not None and folder is None:
         names = sorted(remembered.state_dict())
         if not names:
-            return compress_(model, remembered)
+            return install(remembered)
         folder = getattr(model.config, "_name_or_path", None) or ""
         if not folder or not (Path(folder) / WEIGHTS).is_file():
             raise ValueError(
@@ -198,4 +210,4 @@ def apply_from_config(model: Any, folder: str | Path | None = None) -> Any:
         raise ValueError(
             f"folder must hold the compressor that model.config.mmcompress remembers, {remembered!r}; got {compressor!r}"
         )
-    return compress_(model, compressor)
+    return install(compressor)

@@ -212,9 +212,9 @@ def test_a_preset_in_a_chain_keeps_its_places():
     """It is a chain itself: its parts stand where they stood, not one inside the other."""
     cascade = mmc.create("position_cascade").config()["chain"]
     pooling = mmc.create("pooling", keep_ratio=0.5).config()
-    by_name = from_config({"chain": [{"method": "position_cascade"}, pooling]})
-    assert by_name.config() == from_config({"chain": [{"chain": cascade}, pooling]}).config() == {"chain": [*cascade, pooling]}
-    assert [s.layer for s in by_name.stages] == [*(c["layer"] for c in cascade), None]
+    by_name = from_config({"chain": [pooling, {"method": "position_cascade"}]})
+    assert by_name.config() == from_config({"chain": [pooling, {"chain": cascade}]}).config() == {"chain": [pooling, *cascade]}
+    assert [s.layer for s in by_name.stages] == [None, *(c["layer"] for c in cascade)]
 
 
 def test_the_models_config_remembers(tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmcompress import create, ops, viz
 from mmcompress.models.llava_next import anyres
-from mmcompress.testing import FAMILIES, tiny_inputs
+from mmcompress.testing import tiny_inputs
+from mmcompress.testing.tested import TESTED
 from mmcompress.tokens import Layout, Tokens
 
 
@@ -235,7 +236,7 @@ def test_ticks_are_round_and_few(seconds, wanted):
     assert len(viz.ticks(seconds, most=6)) <= 6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TESTED)
 def test_the_items_of_every_family_can_be_drawn(tiny, family):
     with torch.inference_mode(), create("pooling", keep_ratio=0.5)(tiny(family)) as run:
         tiny(family)(**tiny_inputs(family, batch_size=3))

@@ -98,9 +98,9 @@ class Placed:
             found = next((n for n in names if n in item.signals or n in LAYOUT), None)
             if found is None and not optional:
                 raise ValueError(
-                    f"{self.name} reads the signal {' or '.join(names)!r}, which this {item.kind} lacks: its rows cannot be "
-                    "traced to "
-                    "outputs of the encoder"
+                    f"{self.name} reads the signal {' or '.join(names)!r}, but the model cannot tell which encoder outputs "
+                    "belong to "
+                    f"this {item.kind}"
                 )
             if found is not None and found not in LAYOUT:
                 out.append(found)

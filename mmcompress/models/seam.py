@@ -326,7 +326,10 @@ class Seam(Generating):
             call.encoded[kind].output = out
             if (order := getattr(out, f"{NOTE}_order", None)) is not None:
                 call.order[kind] = order
-        with self.running.one(), running(call):
+        with self.running.one(), running(call), contextlib.ExitStack() as heard:
+            for kind in self.family.modalities:
+                if not hasattr(wrapped.module, f"get_{kind}_features"):  # the core calls that encoder itself
+                    heard.enter_context(self.hearing(call, kind))
             out = wrapped.original(**kw)
         if not call.answered and self.acts and (call.encoded or self.family.kinds(call)):
             raise RuntimeError(
@@ -396,7 +399,7 @@ class Seam(Generating):
         inside = {id(m) for m in last_block(tower).modules()} if tower is not None else set()
 
         def hear(module: nn.Module, seen: Attention) -> None:
-            if id(module) in inside:
+            if id(module) in inside and current(self) is call:
                 call.of(kind).attention.append(Attention(seen.q.detach(), seen.k.detach(), scaling=seen.scaling))
 
         return listening(hear)

@@ -238,10 +238,10 @@ def test_lattices(tiny, family):
 
 @torch.no_grad()
 def test_nothing_is_tapped_unless_declared(tiny):
-    """A method without signals leaves the attention table alone while the model runs."""
+    """The process's attention table is left alone, and without a signal no attention module is wrapped."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model, tables = tiny("llava"), []
+    model, tables, wrapped = tiny("llava"), [], []
     attention, _ = vision_attention(model)
     for signals in ((), ("cls_logits",)):
         original = attention.forward
@@ -253,7 +253,9 @@ def test_nothing_is_tapped_unless_declared(tiny):
         attention.forward = forward
         try:
             with watch(*signals)(model):
+                wrapped.append(attention.forward is not forward)
                 model(**tiny_inputs("llava"))
         finally:
             del attention.forward
-    assert tables[0] == dict(ALL_ATTENTION_FUNCTIONS._local_mapping) != tables[1]
+    assert tables[0] == tables[1] == dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    assert wrapped == [False, True]

@@ -19,7 +19,7 @@ from mmcompress.models.masks import Pattern, layer_mask, take_rows
 from mmcompress.models.rotary import Turned
 from mmcompress.models.rows import pack, packed_column, restore, rows
 from mmcompress.models.signals.layer import Look
-from mmcompress.models.signals.taps import Attention, tappable
+from mmcompress.models.signals.taps import Attention, place_of, tappable
 from mmcompress.models.wrap import bound, first_parameter
 
 CUTTABLE = ("full_attention", "sliding_attention", "chunked_attention", "minimax_m3_sparse")
@@ -272,6 +272,12 @@ class LayerDoor(Door):
                         f"{sorted(self.wanted(cut))}, got {type(layers[cut - 1]).__name__}"
                     )
                 for module in found:
+                    if place_of(module) == "forward" and "forward" in module.__dict__:
+                        raise ValueError(
+                            f"the forward of {type(module).__name__} must be its class's own to read "
+                            f"{sorted(self.wanted(cut))}, "
+                            f"another library put {module.__dict__['forward']!r} there: install the compressor first"
+                        )
                     self.seam.tap(module)
 
     def looks_at(self, cut: int) -> bool:
