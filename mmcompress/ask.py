@@ -61,11 +61,12 @@ def load_model(name: str) -> tuple[Any, Any]:
 
         return zoo.load(name.removeprefix(ZOO))
     from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq
+    from transformers.models.auto import modeling_auto
 
     from mmcompress.models import ADAPTERS
 
     model_type = _model_type(name)
-    if model_type not in ADAPTERS:
+    if model_type not in ADAPTERS and model_type not in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         raise ValueError(f"model must be of a supported family ({', '.join(ADAPTERS)}), got {name!r} of {model_type!r}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -357,3 +357,96 @@ def test_optional_signals_of_items_that_cannot_be_traced():
         assert run.ledger.kept_ratio < 0.5 and side == 4
     with create("global_guided", keep_ratio=0.4)(model), pytest.raises(ValueError, match="cannot tell which encoder outputs"):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_a_mask_longer_than_the_call():
+    """Stock models read the first columns of a mask that is as long as a static cache."""
+    from transformers import StaticCache
+
+    model, inputs = tiny_model("llava"), tiny_inputs("llava", 2)
+    S = inputs["input_ids"].shape[1]
+    for more in (torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long)):
+        mask = torch.cat([inputs["attention_mask"], more], 1)
+        with create("dpc_knn", **PREFILL)(model) as run:
+            caches = [StaticCache(config=model.config.get_text_config(), max_cache_len=S + 8) for _ in range(2)]
+            a = model(**inputs, past_key_values=caches[0]).logits
+            rows = run.ledger.totals()["sequence_in"]
+            b = model(**{**inputs, "attention_mask": mask}, past_key_values=caches[1]).logits
+            assert torch.equal(a, b) and run.ledger.totals()["sequence_in"] == 2 * rows
+            assert torch.equal(model(**{**inputs, "attention_mask": mask}).logits, model(**inputs).logits)
+            with pytest.raises(ValueError, match="attention_mask must have one column for each"):
+                model(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]})
+
+
+@torch.no_grad()
+def test_features_that_never_come_back(model, inputs):
+    """Features made under a compressor, merged by the caller and handed to inner or outer models as embeddings."""
+    ids, rest = inputs["input_ids"], {k: v for k, v in inputs.items() if k == "attention_mask"}
+
+    def merged():
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        return model.get_input_embeddings()(ids).masked_scatter((ids == 3)[..., None], features)
+
+    with create("dpc_knn", **PREFILL)(model) as run:
+        ways = (
+            lambda: model.model.language_model(inputs_embeds=merged(), **rest),
+            lambda: model(inputs_embeds=merged(), **rest),
+            lambda: model.generate(inputs_embeds=merged(), **rest, max_new_tokens=2),
+            lambda: type(model.model).forward(model.model, **inputs),
+        )
+        for way in ways:
+            with pytest.raises(ValueError, match="inputs_embeds must not hold features"):
+                way()
+        model.get_image_features(inputs["pixel_values"])  # looked at, and never used
+        model(**inputs)
+        text = model.get_input_embeddings()(torch.tensor([[1, 20, 21]]))
+        model.model.language_model(inputs_embeds=text)
+    assert run.ledger.totals()["prefills"] == 1
+
+
+@torch.no_grad()
+def test_wrappers_that_another_library_took_off(model, inputs):
+    import copy
+
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    mmcompress.compress_(model, create("dpc_knn", **PREFILL))
+    for module in model.modules():
+        hooks.remove_hook_from_module(module)
+    for call in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match="was taken off or the module replaced"):
+            call()
+    other = tiny_model("llava")
+    mmcompress.compress_(other, create("dpc_knn", **PREFILL))
+    other.model = copy.deepcopy(other.model)
+    for call in (lambda: other(**inputs), lambda: other.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match="was taken off or the module replaced"):
+            call()
+
+
+@torch.no_grad()
+def test_a_cache_of_layers_under_another_compressor(model):
+    inputs, turn = tiny_inputs("llava", 2), torch.randint(10, 99, (2, 3))
+    with create("k_center", keep_ratio=0.25, layer=2)(model):
+        cache = model(**inputs, use_cache=True).past_key_values
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    others = (create("none"), create("dpc_knn", **PREFILL), *(create("k_center", keep_ratio=0.5, layer=i) for i in (1, 3)))
+    for other in others:
+        with other(model), pytest.raises(ValueError, match="at layer 2, before which"):
+            model(input_ids=turn, attention_mask=mask, past_key_values=cache)
+    with (create("k_center", keep_ratio=0.25, layer=1) | create("dpc_knn", keep_ratio=0.25, layer=2))(model):
+        model(input_ids=turn, attention_mask=mask, past_key_values=cache)
+
+
+def test_a_projector_that_is_not_heard():
+    """PEFT trains a copy of the projector: what it reads is not seen, and its output is not taken for it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=r".*language_model.*(q_proj|v_proj)", modules_to_save=["multi_modal_projector"])
+    inputs = tiny_inputs("llava_next", 2)
+    model = tiny_model("llava_next", tower="siglip")
+    mmcompress.compress_(model, create("global_guided", keep_ratio=0.4))
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot tell which encoder outputs"):
+        model(**inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class PromptState:
 
     cut: the first layer that holds the reduced rows. length: columns before it, padding included. mask [B, rows after
     it]: real row or padding. whole: all rows are real. tail: columns at its end that stand for one row each, as text does.
+    tokens [B]: real tokens that it stands for.
     """
 
     cut: int
@@ -26,6 +27,7 @@ class PromptState:
     mask: Tensor
     whole: bool | None = None
     tail: int = 0
+    tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.whole is None:
@@ -100,7 +102,16 @@ class LogicalLength:
             )
         super().crop(-gone)  # type: ignore[misc]
         if (cut := max(0, gone - after)) and prompt:
-            self.reduced = [PromptState(s.cut, s.length - cut, s.mask[:, :-cut], s.whole, s.tail - cut) for s in self.reduced]
+            self.reduced = [
+                replace(
+                    s,
+                    length=s.length - cut,
+                    mask=s.mask[:, :-cut],
+                    tail=s.tail - cut,
+                    tokens=None if s.tokens is None else s.tokens - cut,
+                )
+                for s in self.reduced
+            ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -119,7 +130,10 @@ class LogicalLength:
         self.reduced = [PromptState(s.cut, 0, s.mask[:, :0]) for s in self.reduced]
 
     def _move(self, move: Callable[[Tensor], Tensor]) -> None:
-        self.reduced = [PromptState(s.cut, s.length, move(s.mask), s.whole or None, s.tail) for s in self.reduced]
+        self.reduced = [
+            replace(s, mask=move(s.mask), whole=s.whole or None, tokens=None if s.tokens is None else move(s.tokens))
+            for s in self.reduced
+        ]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _again, (type(self).__mro__[2],), self.__dict__

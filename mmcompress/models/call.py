@@ -49,14 +49,15 @@ class Prepared:
 @dataclass
 class Encoded:
     """What was seen while the encoder of one kind ran: its arguments, the rows it gave for each item, q and k of tapped
-    attention, the projector's inputs. ahead: it ran before the call of the core that its output went into."""
+    attention, the projector's inputs, and the signals made of them. ahead: it ran before the call of the core that its output
+    went into."""
 
     arguments: dict[str, Any]
     ahead: bool = False
     lengths: list[int] | None = None
     attention: list[Any] = field(default_factory=list)
     tower: list[Tensor] = field(default_factory=list)
-    output: Any = None
+    values: dict[str, Tensor | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Call:
 
 _current: ContextVar[Call | None] = ContextVar("mmcompress_call", default=None)
 _prepared: ContextVar[Prepared | None] = ContextVar("mmcompress_prepared", default=None)
+_pending: ContextVar[Any] = ContextVar("mmcompress_pending", default=None)
 _listeners: ContextVar[tuple[Callable, ...]] = ContextVar("mmcompress_listeners", default=())
 
 
@@ -126,6 +128,20 @@ def take_prepared(owner: Any, rows: Any) -> Prepared | None:
     prepared = _prepared.get()
     _prepared.set(None)
     return prepared if prepared is not None and prepared.fits(owner, rows) else None
+
+
+def await_features(owner: Any) -> None:
+    """Features were made under this seam outside of a call of its core: they must come back with one."""
+    _pending.set(owner)
+
+
+def arrived() -> None:
+    """A core was called by ids: whatever was made before belongs to it, or to nobody."""
+    _pending.set(None)
+
+
+def awaits_features(owner: Any) -> bool:
+    return not torch.compiler.is_compiling() and _pending.get() is owner
 
 
 @contextmanager

@@ -111,6 +111,8 @@ def places(family: Family, call: Call, kind: str, host: Tensor) -> list[tuple[It
 def encoder_signals(family: Family, call: Call, kind: str, names: list[str]) -> dict[str, Tensor]:
     """The encoder's signals over its flattened output, as far as something was seen of them."""
     values = {name: family.signal(call, kind, signals.known()[name]) for name in names}
+    seen = call.of(kind)
+    seen.attention, seen.tower = [], []  # what was made of them is enough
     return {name: v for name, v in values.items() if v is not None}
 
 

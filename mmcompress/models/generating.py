@@ -48,6 +48,7 @@ class Generating:
                 )
         if given.get("assistant_model") is not None:
             raise ValueError("assistant_model must be None while a compressor is installed (prompt_lookup_num_tokens works)")
+        self.check_standing()  # type: ignore[attr-defined]
         with self.running.one():
             try:
                 return wrapped.original(*args, **kwargs)
@@ -91,7 +92,7 @@ class Generating:
                 "caller merged cannot be told from text; pass pixels or sound"
             )
         if is_reduced(cache):
-            cache.licence = self.licence
+            self.take_up(cache)  # type: ignore[attr-defined]
             new = kw.get("next_sequence_length")
             new = ids.shape[1] if new is None else new
             states = states_of(cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mmcompress.models import signals
 from mmcompress.models.call import Call
 from mmcompress.models.signals import Signal
+from mmcompress.models.signals.taps import last_block, tappable
 from mmcompress.models.wrap import base_model
 from mmcompress.tokens import Layout
 
@@ -55,14 +57,14 @@ class Family:
     placeholder id.
     """
 
-    name: ClassVar[str] = "generic"
-    modalities: tuple[str, ...] = ("image",)
-    offers: ClassVar[tuple[str, ...]] = ()
+    name: str = "generic"
+    modalities: tuple[str, ...] = ()
+    """Kinds of items that the model takes; found by its structure where a class names none."""
+    offers: tuple[str, ...] = ()
+    """Signals that the encoder may offer; all of its source where a class names none."""
     notes: ClassVar[str] = ""
     per_sample: ClassVar[bool] = False
     """Whether pixels come as [samples, items, ...]."""
-    own_generate: ClassVar[bool] = False
-    """Whether the model's own `generate` is known to end in the stock one."""
 
     def __init__(self, model: Any):
         base = base_model(model)
@@ -83,6 +85,27 @@ class Family:
             )
         self.stack: Any = self.text
         self.layers: Any = self.stack.layers
+        self.describe(str(getattr(base.config, "model_type", "generic")))
+
+    def describe(self, model_type: str) -> None:
+        """Fill in what the class does not say: the name, the kinds of items, the signals."""
+        if type(self).name == "generic":
+            self.name = model_type
+        takes = inspect.signature(type(self.core).forward).parameters
+        if not self.modalities:
+            self.modalities = tuple(
+                k
+                for k in KINDS
+                if self.placeholder(k) >= 0
+                and (hasattr(self.core, f"get_{k}_features") or any(belongs(n, k) and holds_items(n) for n in takes))
+            )
+        if not self.modalities:
+            raise ValueError(
+                f"model must name an id that stands for its items ({', '.join(f'{k}_token_id' for k in KINDS)}), got a "
+                f"{type(self.core).__name__} whose configuration names none"
+            )
+        if not type(self).offers:
+            self.offers = signals.of_source("encoder")
 
     @property
     def seam(self) -> Any:
@@ -128,8 +151,9 @@ class Family:
         """Names of the signals that the encoder and the items' layout offer."""
         tower = self.tower(self.core, self.modalities[0])
         has_cls = tower is not None and any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters())
-        known = signals.known()
-        return tuple(s for s in self.offers if has_cls or not known[s].needs_cls)
+        known, own = signals.known(), bool(type(self).offers)
+        tapped = own or (tower is not None and has_blocks(tower))
+        return tuple(s for s in self.offers if (has_cls or not known[s].needs_cls) and (tapped or not known[s].attention))
 
     def dropped_columns(self, call: Call, kind: str) -> int:
         """Columns that the feature selection cuts from the front of a view: 1 for the CLS token under "default"."""
@@ -141,14 +165,18 @@ class Family:
     def signal(self, call: Call, kind: str, one: Signal) -> Tensor | None:
         """A signal over the flattened encoder output [M, …] that `ItemSpec.source` points into; None where nothing was seen."""
         seen = call.of(kind)
-        if (one.attention and not seen.attention) or (one.projector and not seen.tower):
-            return None
-        values: Tensor = one.make(seen, self.dropped_columns(call, kind))  # type: ignore[misc]
-        return self.tokens_of(call, kind, one, values.detach())
+        if one.name not in seen.values:
+            if (one.attention and not seen.attention) or (one.projector and not seen.tower):
+                return None
+            values: Tensor = one.make(seen, self.dropped_columns(call, kind))  # type: ignore[misc]
+            seen.values[one.name] = self.tokens_of(call, kind, one, values.detach())
+        return seen.values[one.name]
 
-    def tokens_of(self, call: Call, kind: str, one: Signal, values: Tensor) -> Tensor:
-        """Values over the encoder's rows [M, …] as values over the rows that the language model gets, where they differ."""
-        return values
+    def tokens_of(self, call: Call, kind: str, one: Signal, values: Tensor) -> Tensor | None:
+        """Values over the encoder's rows [M, …] as values over the rows that the language model gets, where they differ; None
+        where it cannot be told which is which."""
+        lengths = call.of(kind).lengths
+        return values if type(self).offers or (lengths is not None and sum(lengths) == len(values)) else None
 
     # items
 
@@ -196,6 +224,20 @@ class Family:
             out.append(ItemSpec.lattice(kind, (1, s, s) if s * s == n and kind == "image" else (n, 1, 1), start))
             start += n
         return out
+
+
+class PerSample(Family):
+    """Pixels come as [samples, items, …], so that nothing is to be put in order for several answers to a prompt."""
+
+    per_sample = True
+
+
+def has_blocks(tower: nn.Module) -> bool:
+    """Whether the encoder has a last block whose attention can be tapped."""
+    try:
+        return bool(tappable(last_block(tower)))
+    except ValueError:
+        return False
 
 
 def feature_lengths(output: Any) -> list[int] | None:

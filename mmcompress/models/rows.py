@@ -40,5 +40,5 @@ def restore(out: Any, source: Tensor) -> Any:
     for name in ("last_hidden_state", "logits"):
         y = getattr(out, name, None)
         if y is not None:
-            setattr(out, name, rows(y, source))
+            setattr(out, name, rows(y, source.to(y.device)))
     return out

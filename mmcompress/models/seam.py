@@ -21,7 +21,18 @@ from mmcompress.ledger import Decoder, Ledger, SampleCount
 from mmcompress.models import compat, signals
 from mmcompress.models import family as find_family
 from mmcompress.models.cache import Licence, PromptState, is_reduced, physical, remember, states_of
-from mmcompress.models.call import NOTE, Call, Encoded, current, listening, running, take_prepared
+from mmcompress.models.call import (
+    NOTE,
+    Call,
+    Encoded,
+    arrived,
+    await_features,
+    awaits_features,
+    current,
+    listening,
+    running,
+    take_prepared,
+)
 from mmcompress.models.doors import STEP, Frame, doors
 from mmcompress.models.finding import check_found, find_items
 from mmcompress.models.generating import Generating
@@ -39,6 +50,18 @@ WAIT = 300.0
 
 MARK = "apply_from_config"
 """The name of an empty weight that a saved model holds: transformers reports it where nobody takes it."""
+
+
+MERGED = (
+    "inputs_embeds must not hold features that get_…_features made while a compressor is installed: features that the caller "
+    "merged cannot be told from text; pass input_ids with pixels or sound"
+)
+
+
+def is_merged(kw: dict[str, Any]) -> bool:
+    """Whether a text model is called with embeddings of more than one row."""
+    x = kw.get("inputs_embeds")
+    return isinstance(x, Tensor) and x.shape[1] > 1
 
 
 class Running:
@@ -216,6 +239,7 @@ class Seam(Generating):
 
     def own(self) -> None:
         """Make the compressor a part of the model: its parameters, mode, device and dtype are the model's from here on."""
+        self.compressor.train(self.model.training)
         parameter = next(self.family.stack.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             self.compressor.to(parameter.device)
@@ -305,6 +329,10 @@ class Seam(Generating):
         kw.pop("mmcompress", None)  # of a `generate` whose preparation is another library's
         ids, cache = kw.get("input_ids"), compat.cache_of(kw)
         prepared = take_prepared(self, ids if ids is not None else kw.get("inputs_embeds"))
+        if ids is not None:
+            arrived()
+        elif self.acts and awaits_features(self):
+            raise ValueError(MERGED)
         mask = kw.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             if prepared is None:
@@ -312,18 +340,24 @@ class Seam(Generating):
                     "attention_mask must be 2-D [batch, columns] while a compressor is installed, got a prepared mask"
                 )
             mask = prepared.mask
-        elif prepared is None and is_reduced(cache):
-            mask = self.physical_mask(mask, cache, ids if ids is not None else kw["inputs_embeds"])
-            if self.family.axes == 1:  # m-RoPE's positions follow the mask of all columns
-                kw["attention_mask"] = mask
+        elif prepared is None:
+            like = ids if ids is not None else kw.get("inputs_embeds")
+            kw["attention_mask"] = mask = self.whole_mask(mask, cache, like)
+            if is_reduced(cache):
+                mask = self.physical_mask(mask, cache, like)
+                if self.family.axes == 1:  # m-RoPE's positions follow the mask of all columns
+                    kw["attention_mask"] = mask
         if is_reduced(cache):
-            cache.licence = self.licence
-        self.check_mask(mask, ids)
+            self.take_up(cache)
         call = Call(self, kw, ids, mask, prepared is not None, prepared.extra if prepared is not None else 0)
         for kind, out in compat.encoded_ahead(kw).items():
             note: Encoded | None = getattr(out, NOTE, None)
+            if note is None and self.acts:
+                raise ValueError(
+                    f"mm_encoder_outputs must hold what this model's own get_{kind}_features gave while the compressor was "
+                    f"installed, got a {type(out).__name__} made elsewhere: pass the pixels instead"
+                )
             call.encoded[kind] = note or Encoded({}, True, feature_lengths(out))
-            call.encoded[kind].output = out
             if (order := getattr(out, f"{NOTE}_order", None)) is not None:
                 call.order[kind] = order
         with self.running.one(), running(call), contextlib.ExitStack() as heard:
@@ -339,15 +373,32 @@ class Seam(Generating):
             )
         return out
 
-    @staticmethod
-    def check_mask(mask: Tensor | None, ids: Tensor | None) -> None:
-        """Raise ValueError where a mask has fewer columns than rows come in."""
-        if mask is not None and ids is not None and (len(mask) != len(ids) or mask.shape[1] < ids.shape[1]):
+    def take_up(self, cache: Any) -> None:
+        """Let a reduced cache be read while this compressor is installed. Raises ValueError where layers of it hold fewer rows
+        before which nothing stands now."""
+        deeper = sorted(s.cut for s in states_of(cache) if s.cut and s.length)
+        here = {at for door in self.standing.values() for at in door.stages}
+        if set(deeper) - here:
             raise ValueError(
-                f"attention_mask must have one row for each sample and one column for each token of input_ids "
-                f"{list(ids.shape)}, "
-                f"got {list(mask.shape)}"
+                f"past_key_values must be used with a compressor at layer {deeper[0]}, before which this cache was reduced, "
+                "got "
+                f"{self.compressor!r}"
             )
+        cache.licence = self.licence
+
+    @staticmethod
+    def whole_mask(mask: Tensor | None, cache: Any, like: Tensor | None) -> Tensor | None:
+        """A 2-D mask with one column for each token of cache and call; stock models read the first ones of a longer mask."""
+        if mask is None or like is None:
+            return mask
+        past, seen = (0, 0) if cache is None else (int(cache.get_query_offset()), int(cache.get_seq_length()))
+        B, S = like.shape[:2]
+        if len(mask) != B or (mask.shape[1] < seen + S and mask.shape[1] != past + S):
+            raise ValueError(
+                f"attention_mask must have one column for each of the {seen + S} tokens that the cache and this call hold, "
+                f"[{B}, {seen + S}], got {list(mask.shape)}"
+            )
+        return mask[:, : seen + S]
 
     def physical_mask(self, mask: Tensor | None, cache: Any, like: Tensor) -> Tensor:
         """The 2-D mask [B, past + S] over the rows that layer 0 holds, from one over all columns, over these rows, or None."""
@@ -357,11 +408,6 @@ class Seam(Generating):
             mask = torch.ones(B, seen + S, dtype=torch.long, device=like.device)
         elif mask.shape[1] == past + S and past != seen:
             return mask
-        elif mask.shape[1] != seen + S:
-            raise ValueError(
-                f"attention_mask must have one column for each of the {seen + S} tokens that the cache and this call hold, got "
-                f"{mask.shape[1]}"
-            )
         return physical(states_of(cache), mask, 0)
 
     def on_attention(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -382,13 +428,13 @@ class Seam(Generating):
         finally:
             call.kind = None
         seen.lengths = feature_lengths(out)  # as they are now: several answers to a prompt repeat the output in place
-        if not seen.tower:
+        if not seen.tower and self.family.projector(self.family.core, kind) is None:
             seen.tower = feature_rows(out)
         if seen.ahead:
+            self.check_standing()
+            await_features(self)
             with contextlib.suppress(AttributeError):  # a tuple or tensor of an older form: lengths are read from it again
                 setattr(out, NOTE, seen)
-        else:
-            seen.output = out
         return out
 
     def hearing(self, call: Call, kind: str) -> contextlib.AbstractContextManager:
@@ -404,6 +450,22 @@ class Seam(Generating):
 
         return listening(hear)
 
+    def check_standing(self) -> None:
+        """Raise RuntimeError where another library took the core's wrapper off, or another module stands in its place."""
+        core = self.family.core
+        wrapper = next(w for w in self.wrappers if w.module is core and w.name == "forward")
+        if not wrapper.stands() or all(module is not core for module in self.model.modules()):
+            raise RuntimeError(
+                f"the forward of {type(core).__name__} must be the one that compress_ put there, but it was taken off or "
+                "the module "
+                "replaced since: nothing would be compressed; call restore_ and compress_ again"
+            )
+
+    def refuse_copy(self, core: nn.Module) -> None:
+        """A copy of the core was called: raise where it took the core's place in the model."""
+        if self.licence.valid and any(module is core for module in self.model.modules()):
+            self.check_standing()
+
     def on_projector(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = current(self)
         if call is not None:
@@ -414,6 +476,8 @@ class Seam(Generating):
 
     def on_text(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = current(self)
+        if call is None and self.acts and awaits_features(self) and is_merged(bound(wrapped.module, "forward", args, kwargs)):
+            raise ValueError(MERGED)
         if call is None or call.answered:
             return wrapped.original(*args, **kwargs)
         call.answered = True
@@ -469,6 +533,14 @@ class Seam(Generating):
         keep = torch.ones(B, S, dtype=torch.bool, device=x.device)
         return Frame(call, kw, x, items, samples, cache, past, seen, position, pattern, left, keep, held, turn)
 
+    @staticmethod
+    def tokens_before(frame: Frame) -> Tensor:
+        """Real tokens of each sample that the cache stands for [B]."""
+        first = next((s for s in states_of(frame.cache) if s.cut == 0 and s.tokens is not None), None)
+        if first is None:
+            return frame.held.sum(1)
+        return first.tokens.to(frame.held.device) + frame.held[:, first.mask.shape[1] :].sum(1)
+
     def prompt_reads(self) -> list[str]:
         """Signals read by some stage that are about the prompt's text."""
         wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
@@ -477,10 +549,10 @@ class Seam(Generating):
     def reduced(self, wrapped: Wrapped, frame: Frame) -> Any:
         """The text model's call with fewer rows, its output with as many as before."""
         call, kw, S = frame.call, frame.kw, frame.x.shape[1]
-        held_in = [int(n) for n in frame.held.sum(1)] if frame.past else None
+        before = self.tokens_before(frame)
         for b, count in frame.samples.items():
-            if held_in is not None:
-                count.past[0] = held_in[b]
+            if frame.past:
+                count.past[0], count.past_in = int(frame.held[b].sum()), int(before[b])
         tail = S - 1 - max(int(torch.cat([i.columns, i.separators]).max()) for i in frame.items if len(i.columns))
         for door in self.standing.values():
             door.before(frame)
@@ -501,7 +573,9 @@ class Seam(Generating):
         kw["position_ids"] = frame.position.gather(-1, index.expand(*frame.position.shape[:-1], index.shape[1]))
         pattern = frame.pattern.among(frame.index) if frame.pattern else frame.pattern
         kw["attention_mask"] = text_mask(self.family.stack.config, kw, frame.keys, pattern, frame.past)
-        frame.states = [PromptState(0, frame.seen + S, frame.keys, tail=tail if frame.left else 0)]
+        rows_in = call.mask[:, -S:] != 0 if call.mask is not None else torch.ones_like(frame.keep)
+        tokens = before + rows_in.sum(1).to(before.device)
+        frame.states = [PromptState(0, frame.seen + S, frame.keys, tail=tail if frame.left else 0, tokens=tokens)]
         for door in self.standing.values():
             door.enter(frame)
         with frame.contexts:
@@ -518,8 +592,6 @@ class Seam(Generating):
             item.forget()
         if (kept := compat.cache_of(out)) is not None:
             remember(kept, frame.states, self.licence)
-            for seen in call.encoded.values():
-                seen.attention, seen.tower = [], []
         return restore(out, frame.source)
 
     def plain(self, wrapped: Wrapped, call: Call, kw: dict[str, Any], cache: Any, x: Tensor) -> Any:

@@ -14,6 +14,10 @@ TESTED = ("5.16.1", "5.17.0", "5.20.2", "5.24.0")
 """Releases of transformers, oldest first."""
 
 
+MODEL_TYPES: frozenset[str] = frozenset()
+"""Model types whose tiny model keeps the contract of a family (`make test-families`), beside those with an adapter."""
+
+
 def is_tested(installed: str) -> bool:
     """Whether this release of transformers lies between the oldest and the newest of TESTED, ends included."""
     from packaging.version import Version

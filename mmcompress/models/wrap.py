@@ -8,6 +8,7 @@ import functools
 import inspect
 import sys
 import types
+import weakref
 from typing import Any
 
 from torch import nn
@@ -24,11 +25,15 @@ class Wrapped:
     def __init__(self, module: nn.Module, name: str, owner: Any, handler: str, *key: Any):
         self.module, self.name, self.owner, self.handler, self.key = module, name, owner, handler, key
         self.inherited = module.__dict__.get(name)  # another library (accelerate) may have put one there
+        self.former: Any = None  # of a copy of a part: a weak reference to the owner of what it was copied from
         self.static = isinstance(inspect.getattr_static(type(module), name, None), staticmethod)
         setattr(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.owner is None:
+            former = self.former() if self.former is not None else None
+            if former is not None and self.handler == "on_core":
+                former.refuse_copy(self.module)
             return self.original(*args, **kwargs)
         return getattr(self.owner, self.handler)(self, *self.key, args, kwargs)
 
@@ -47,14 +52,28 @@ class Wrapped:
         twin = memo[id(self)] = object.__new__(type(self))
         state = dict(self.__dict__)
         if self.owner is not None and id(self.owner.model) not in memo:  # a part of the model alone
-            state["owner"] = None
+            state["owner"], state["former"] = None, None
         twin.__dict__.update(copy.deepcopy(state, memo))
+        if twin.owner is None:
+            twin.former = self.former if self.owner is None else weakref.ref(self.owner)
         return twin
 
-    def replaced_by(self) -> Any:
-        """What was put in its place since, or None."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "former": None}
+
+    def stands(self) -> bool:
+        """Whether a call of the method still comes here, as far as can be told: directly, or through what was wrapped
+        around."""
         now = self.module.__dict__.get(self.name)
-        return None if now is self else now
+        for _ in range(8):
+            if now is self or self.module.__dict__.get(f"_old_{self.name}") is self:
+                return True
+            if now is None or self.is_stock(now):
+                return False
+            now = getattr(now, "__wrapped__", None)
+            if now is None:
+                return True  # something that does not tell what it calls
+        return True
 
     def check(self) -> None:
         """Raise RuntimeError where something else was wrapped around it since: `undo` would take off the wrong layer."""

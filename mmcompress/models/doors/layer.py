@@ -149,6 +149,8 @@ class Step:
             item.move(source)
         for b, count in frame.samples.items():
             count.rows_from[cut] = int(real[b].sum())
+            if self.past:
+                count.past[cut] = int(self.held(cut)[b].sum())
         earlier = [c for c in self.cuts if c < cut]
         composed = self.cuts[max(earlier)].index.to(index.device).gather(1, index) if earlier else index
         turned = None
@@ -182,6 +184,8 @@ class Step:
                 return
             frame, T = self.frame, seen.q.shape[2]
             assert frame is not None
+            for item in frame.items:
+                item.to(seen.q.device)
             first = self.first[cut]
             real, held = self.real(cut - 1).to(seen.q.device), self.held(cut - 1).to(seen.q.device)
             last = torch.full((len(real),), T - 1, device=real.device) if frame.left else real.sum(1) - 1
