@@ -144,6 +144,24 @@ def test_parameters_are_the_models_while_installed(trained):
     assert list(model.state_dict()) == names and len(list(model.parameters())) == count
 
 
+def test_a_trained_compressor_is_in_one_model_at_a_time(trained):
+    """What happens to one model must not change another."""
+    a, b = tiny_model("llava"), tiny_model("llava", seed=1)
+    mmcompress.compress_(a, trained)
+    with pytest.raises(ValueError, match="must be in one model at a time"):
+        mmcompress.compress_(b, trained)
+    assert "forward" not in b.model.__dict__ and "mmcompress" not in dict(b.named_modules())
+    mmcompress.compress_(b, trained.but())
+    b.half()
+    assert {p.dtype for p in a.mmcompress.parameters()} == {torch.float32}
+    mmcompress.restore_(a)
+    with trained(a):  # taken out and installed anew inside a block: the block's end leaves the new one alone
+        mmcompress.restore_(a)
+        mmcompress.compress_(a, trained)
+    assert "mmcompress" in a._modules
+    mmcompress.restore_(a)
+
+
 def test_a_step_of_training_reaches_the_compressor(trained):
     model, inputs = tiny_model("llava"), tiny_inputs("llava", 2, padding_side="right")
     mmcompress.compress_(model, trained)

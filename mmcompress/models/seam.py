@@ -12,6 +12,7 @@ import functools
 import threading
 from collections import Counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,15 @@ MERGED = (
     "inputs_embeds must not hold features that get_…_features made while a compressor is installed: features that the caller "
     "merged cannot be told from text; pass input_ids with pixels or sound"
 )
+
+
+HOLDERS: WeakKeyDictionary[Compressor, Any] = WeakKeyDictionary()
+"""compressor -> the seam that installed it last."""
+
+
+def without_memory(value: Any) -> Any:
+    """A tensor's shape, not its numbers."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def is_merged(kw: dict[str, Any]) -> bool:
@@ -117,6 +127,7 @@ class Seam(Generating):
         self.items: list[Item] = []
         self.wrappers: list[Wrapped] = []
         self.licence, self.running = Licence(), Running()
+        self.owns = False  # whether the compressor is a part of the model by this seam
         self.config_before: tuple[bool, Any] | None = None  # whether the configuration held an entry before, and which
         self.rotary: Rotary | None = None  # where a stage carries positions
         known = doors()
@@ -239,11 +250,19 @@ class Seam(Generating):
 
     def own(self) -> None:
         """Make the compressor a part of the model: its parameters, mode, device and dtype are the model's from here on."""
+        holder = HOLDERS.get(self.compressor)
+        if holder is not None and holder.owns and next(self.compressor.parameters(), None) is not None:
+            raise ValueError(
+                f"{type(self.compressor).__name__} must be in one model at a time, whose its parameters are: it is installed in a "
+                f"{type(holder.model).__name__} already; install a copy (compressor.but())"
+            )
+        HOLDERS[self.compressor] = self
         self.compressor.train(self.model.training)
         parameter = next(self.family.stack.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             self.compressor.to(parameter.device)
         self.model.add_module("mmcompress", self.compressor)
+        self.owns = True
 
     def uninstall(self) -> None:
         for wrapper in self.wrappers:  # all or nothing
@@ -288,8 +307,9 @@ class Seam(Generating):
         while self.wrappers:
             self.wrappers[-1].undo()
             self.wrappers.pop()
-        if self.model._modules.get("mmcompress") is self.compressor:
+        if self.owns and self.model._modules.get("mmcompress") is self.compressor:
             del self.model._modules["mmcompress"]
+        self.owns = False
         self.licence.valid = False
 
     # the wrappers
@@ -433,6 +453,7 @@ class Seam(Generating):
         if seen.ahead:
             self.check_standing()
             await_features(self)
+            seen.arguments = {k: without_memory(v) if holds_items(k) else v for k, v in given.items()}
             with contextlib.suppress(AttributeError):  # a tuple or tensor of an older form: lengths are read from it again
                 setattr(out, NOTE, seen)
         return out
