@@ -12,7 +12,7 @@ import functools
 import threading
 from collections import Counter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ MERGED = (
 )
 
 
-HOLDERS: WeakKeyDictionary[Compressor, Any] = WeakKeyDictionary()
+HOLDERS: WeakKeyDictionary[Compressor, ref[Seam]] = WeakKeyDictionary()
 """compressor -> the seam that installed it last."""
 
 
@@ -250,13 +250,13 @@ class Seam(Generating):
 
     def own(self) -> None:
         """Make the compressor a part of the model: its parameters, mode, device and dtype are the model's from here on."""
-        holder = HOLDERS.get(self.compressor)
+        holder = HOLDERS[self.compressor]() if self.compressor in HOLDERS else None
         if holder is not None and holder.owns and next(self.compressor.parameters(), None) is not None:
             raise ValueError(
-                f"{type(self.compressor).__name__} must be in one model at a time, whose its parameters are: it is installed in a "
-                f"{type(holder.model).__name__} already; install a copy (compressor.but())"
+                f"{type(self.compressor).__name__} must be in one model at a time, whose its parameters are: it is installed "
+                f"in a {type(holder.model).__name__} already; install a copy (compressor.but())"
             )
-        HOLDERS[self.compressor] = self
+        HOLDERS[self.compressor] = ref(self)
         self.compressor.train(self.model.training)
         parameter = next(self.family.stack.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
