@@ -254,7 +254,7 @@ def ask(model: Any, processor: Any, inputs: dict[str, Any], compressor: Compress
                 self.at = time.perf_counter()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    check_kinds(compressor, [kind for kind, argument in family(model).inputs.items() if argument in inputs])
+    check_kinds(compressor, family(model).brought(inputs))
     first = FirstToken()
     with torch.inference_mode(), compressor(model) as run:
         _wait(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from mmcompress.compressor import Compressor
@@ -9,6 +10,9 @@ from mmcompress.compressor import Compressor
 if TYPE_CHECKING:
     from mmcompress.ledger import Ledger
     from mmcompress.models.seam import Item, Seam
+
+
+_installing = threading.Lock()
 
 
 def compress_(model: Any, compressor: Compressor) -> Any:
@@ -96,9 +100,10 @@ def _install(model: Any, compressor: Compressor) -> Seam:
             "model must not be compiled yet: install the compressor first and compile then (or load the model anew)"
         )
     adapter = family(model)
-    if (other := _seam(model)) is not None:
-        raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
-    seam = adapter.seam(model, compressor)
-    seam.install()
+    with _installing:
+        if (other := _seam(model)) is not None:
+            raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
+        seam = adapter.seam(model, compressor)
+        seam.install()
     warn_untested()
     return seam

@@ -450,3 +450,51 @@ def test_a_projector_that_is_not_heard():
     model = peft.get_peft_model(model, config).eval()
     with torch.no_grad(), pytest.raises(ValueError, match="cannot tell which encoder outputs"):
         model(**inputs)
+
+
+def test_a_second_turn_in_the_ledger():
+    """What a turn on a cache costs follows from what the cache holds, and what it would hold had nothing been dropped."""
+    model, one, two = tiny_model("llava"), tiny_inputs("llava", 2), tiny_inputs("llava", 2, seed=1)
+    for chain in (create("k_center", keep_ratio=0.25), create("k_center", keep_ratio=0.25, layer=2)):
+        with torch.no_grad(), chain(model) as run:
+            cache = model(**one, use_cache=True).past_key_values
+            first = run.ledger.samples[-2:]
+            mask = torch.cat([one["attention_mask"], two["attention_mask"]], 1)
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -two["input_ids"].shape[1] :]
+            model(**{**two, "attention_mask": mask}, past_key_values=cache, position_ids=position)
+        for before, after, n in zip(first, run.ledger.samples[-2:], one["attention_mask"].sum(1).tolist(), strict=True):
+            assert after.past_in == n == before.sequence_in
+            assert after.held(4) == before.rows(4)
+
+
+@torch.no_grad()
+def test_the_mode_of_the_model_is_the_compressors():
+    method = create("k_center", keep_ratio=0.5)
+    assert method.training
+    mmcompress.compress_(tiny_model("llava"), method)
+    assert not method.training
+
+
+@torch.no_grad()
+def test_pictures_of_their_own_shape():
+    """A Pixtral picture of 4 x 9 patches is told to be 4 x 9, not 6 x 6."""
+    from mmcompress.models import family
+    from mmcompress.models.call import Call, Encoded
+
+    found = family(tiny_model("llava"))
+    p = found.config.vision_config.patch_size
+    call = Call(None, {"image_sizes": [[4 * p, 9 * p]]}, None, None, encoded={"image": Encoded({}, lengths=[36])})
+    assert found.specs(call, "image", 36)[0].layout.grid == (1, 4, 9)
+
+
+def test_another_default_device():
+    """Structure is made on the host, whatever the process's default device is."""
+    from mmcompress.models.generic import ItemSpec
+    from mmcompress.models.llava_next import anyres
+
+    torch.set_default_device("meta")
+    try:
+        made = ItemSpec.lattice("image", (1, 3, 5), 7), anyres(4, 2, 1, (33, 17))
+    finally:
+        torch.set_default_device(None)
+    assert {t.device.type for spec in made for t in (spec.position, spec.rows, spec.source)} == {"cpu"}

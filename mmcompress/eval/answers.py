@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmcompress.ask import ask, check_kinds
 from mmcompress.compressor import Compressor
-from mmcompress.ledger import SampleCount
+from mmcompress.ledger import Decoder, SampleCount
 from mmcompress.models import family, signals
 
 
@@ -89,7 +89,7 @@ def _share(
 ) -> list[Reply]:
     ids = prompts[0]["input_ids"]
     beginning = {k: v[:, :length] if v.shape[:2] == ids.shape else v for k, v in prompts[0].items()}
-    check_kinds(compressor, [kind for kind, argument in family(model).inputs.items() if argument in beginning])
+    check_kinds(compressor, family(model).brought(beginning))
     replies: list[Reply] = []
     with torch.inference_mode(), compressor(model) as run:
         cache = model(**beginning, use_cache=True, logits_to_keep=1).past_key_values
@@ -101,8 +101,17 @@ def _share(
             held = cache if start + batch_size >= len(prompts) else copy.deepcopy(cache)
             held.batch_repeat_interleave(len(ends))
             text = _generate(model, processor, ids[:, :length], ends, held, max_new_tokens)
-            replies += [Reply(t, [read.longer(len(e))], item) for t, e in zip(text, ends, strict=True)]
+            replies += [Reply(t, [longer(read, len(e), run.ledger.decoder)], item) for t, e in zip(text, ends, strict=True)]
     return replies
+
+
+def longer(read: SampleCount, rows: int, decoder: Decoder) -> SampleCount:
+    """The count of a prefill with so many text rows more. Its cache would hold as many more where this one grew by rows."""
+    grown, L, size = read.longer(rows), decoder.layers, read.element_size
+    if read.kv_bytes != decoder.kv_bytes(read.rows(L), size):
+        return grown
+    held, would = decoder.kv_bytes(grown.rows(L), size), decoder.kv_bytes([grown.sequence_in] * L, size)
+    return replace(grown, kv_bytes=held, kv_bytes_in=would)
 
 
 def _generate(

@@ -34,7 +34,7 @@ class Prepared:
     holds, or None where all are real. extra: candidate tokens behind the prompt.
     """
 
-    owner: Any
+    owner: Any  # the licence of the seam, which keeps no model alive
     rows: Tensor
     mask: Tensor | None
     extra: int = 0
@@ -50,10 +50,11 @@ class Prepared:
 class Encoded:
     """What was seen while the encoder of one kind ran: its arguments, the rows it gave for each item, q and k of tapped
     attention, the projector's inputs, and the signals made of them. ahead: it ran before the call of the core that its output
-    went into."""
+    went into. by: the licence of the seam that saw it."""
 
     arguments: dict[str, Any]
     ahead: bool = False
+    by: Any = None
     lengths: list[int] | None = None
     attention: list[Any] = field(default_factory=list)
     tower: list[Tensor] = field(default_factory=list)

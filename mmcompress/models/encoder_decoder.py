@@ -104,7 +104,7 @@ class EncoderDecoderSeam(Seam):
         B, N = x.shape[:2]
         values = encoder_signals(self.family, call, KIND, self.encoder_reads)
         specs = [ItemSpec.lattice(KIND, (N, 1, 1), b * N) for b in range(B)]
-        items = [item_of(spec, b, torch.arange(N), x, values) for b, spec in enumerate(specs)]
+        items = [item_of(spec, b, torch.arange(N, device="cpu"), x, values) for b, spec in enumerate(specs)]
         counts = [ItemCount(KIND, N, 0, {0: N}) for _ in specs]
         for item, count in zip(items, counts, strict=True):
             item.count = count

@@ -32,7 +32,7 @@ def find_items(
     if tuple(call.ids.shape) != (B, S):
         raise ValueError(f"input_ids must hold one id per row of the text model {(B, S)}, got {tuple(call.ids.shape)}")
     host = call.ids.cpu()
-    real = torch.full((B,), S) if call.mask is None else (call.mask[:, -S:] != 0).sum(1).cpu()
+    real = torch.full((B,), S, device="cpu") if call.mask is None else (call.mask[:, -S:] != 0).sum(1).cpu()
     items: list[Item] = []
     samples: dict[int, SampleCount] = {}
     for kind in kinds:
@@ -120,7 +120,7 @@ def item_of(spec: ItemSpec, b: int, columns: Tensor, x: Tensor, values: dict[str
     """The item that lies at these columns of sample b; without encoder signals where its rows cannot be traced."""
     seen = {} if spec.source is None else {k: v[spec.source.to(v.device)].to(x.device) for k, v in values.items()}
     n = torch.arange(len(spec.rows), device=x.device)
-    separator = torch.ones(spec.num_rows, dtype=torch.bool)
+    separator = torch.ones(spec.num_rows, dtype=torch.bool, device="cpu")
     separator[spec.rows] = False
     return Item(
         sample=b,

@@ -111,7 +111,7 @@ class Generating:
         if mask is None and is_reduced(cache):
             mask = torch.ones(len(rows), int(cache.get_query_offset()) + rows.shape[1], dtype=torch.long, device=rows.device)
         extra = 0 if generation is None else max(0, ids.shape[1] - generation.prompt)
-        prepare(Prepared(self, rows, mask, extra))
+        prepare(Prepared(self.licence, rows, mask, extra))
         return prepared
 
     def needs_mask(self, cache: Any) -> bool:

@@ -44,7 +44,7 @@ class ItemSpec:
     def lattice(cls, kind: str, grid: tuple[int, int, int], start: int | None = None) -> ItemSpec:
         """An item whose rows are exactly the raster of (t, h, w), at `start` in the encoder's output."""
         t, h, w = grid
-        n = torch.arange(t * h * w)
+        n = torch.arange(t * h * w, device="cpu")  # whatever the default device is
         position = torch.stack([n // (h * w), n // w % h, n % w], -1)
         group = position[:, 0] if kind == "video" else torch.zeros_like(n)
         return cls(kind, len(n), Layout(kind, grid), position, group, n, None if start is None else n + start)
@@ -184,6 +184,11 @@ class Family:
         """The kinds for which this call brings features, or could."""
         given = [n for n, v in call.arguments.items() if isinstance(v, Tensor) or (isinstance(v, list) and v)]
         return [k for k in KINDS if self.placeholder(k) >= 0 and (k in call.encoded or any(belongs(n, k) for n in given))]
+
+    def brought(self, inputs: Iterable[str]) -> list[str]:
+        """The kinds of items that these arguments hold."""
+        names = [n for n in inputs if holds_items(n)]
+        return [k for k in KINDS if k in self.modalities and any(belongs(n, k) for n in names)]
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
         """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of

@@ -38,7 +38,7 @@ class LlavaNext(Family):
 
 def extents(sizes: Any) -> list[list[int]]:
     """(height, width) of every picture, however they were given."""
-    return torch.as_tensor(sizes).tolist()
+    return torch.as_tensor(sizes, device=None if isinstance(sizes, torch.Tensor) else "cpu").tolist()
 
 
 @functools.lru_cache(maxsize=512)
@@ -46,13 +46,14 @@ def anyres(side: int, rows: int, columns: int, image_size: tuple[int, int]) -> I
     """One packed image: `side`² tokens a view, crops in `rows` × `columns`, image_size (H, W) in pixels."""
     H, W = rows * side, columns * side
     top, left = padding(image_size, H, W)
-    y, x = torch.meshgrid(torch.arange(top, H - top), torch.arange(left, W - left), indexing="ij")
+    arange = functools.partial(torch.arange, device="cpu")  # whatever the default device is
+    y, x = torch.meshgrid(arange(top, H - top), arange(left, W - left), indexing="ij")
     h, w = (H - 2 * top), (W - 2 * left)
     y, x = y.flatten(), x.flatten()
     crop = y // side * columns + x // side
-    thumb = torch.arange(side * side)
+    thumb = arange(side * side)
     position = torch.cat([torch.stack([thumb * 0, thumb // side, thumb % side], -1), torch.stack([y * 0, y, x], -1)])
-    canvas = torch.arange(h * w)
+    canvas = arange(h * w)
     return ItemSpec(
         kind="image",
         num_rows=side * side + h * (w + 1),

@@ -76,7 +76,7 @@ def with_newline(kind: str, grid: tuple[int, int, int], start: int) -> ItemSpec:
 
 def shrunk(side: int, h: int, w: int) -> ItemSpec:
     """A picture whose canvas the model interpolated to h × w: a thumbnail and rows of unknown crops, as a line of tokens."""
-    canvas = torch.arange(h * w)
-    rows = torch.cat([torch.arange(side * side), side * side + canvas + canvas // w])
+    canvas = torch.arange(h * w, device="cpu")
+    rows = torch.cat([torch.arange(side * side, device="cpu"), side * side + canvas + canvas // w])
     spec = ItemSpec.lattice("image", (len(rows), 1, 1))
     return replace(spec, num_rows=side * side + h * (w + 1), rows=rows, source=None)

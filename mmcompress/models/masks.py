@@ -36,8 +36,16 @@ class Pattern:
                     raise ValueError(f"attention_mask must be the same for all heads, got {list(one.shape)}")
                 seen = one if one.dtype == torch.bool else one > torch.finfo(one.dtype).min / 2
                 pairs = seen[:, 0, :, past : past + S].triu(1)
-                if bool(pairs.any()):
-                    later[kind] = pairs
+            elif hasattr(one, "mask_mod"):  # a BlockMask of Flex attention
+                row = torch.arange(S, device=kw["inputs_embeds"].device)
+                sample = torch.arange(one.shape[0], device=row.device)[:, None, None]
+                pairs = one.mask_mod(sample, torch.zeros_like(sample), row[None, :, None], row[None, None] + past).triu(1)
+            elif isinstance(one, Tensor) or one is None:
+                continue  # 2-D, or plainly causal
+            else:
+                raise ValueError(f"attention_mask must be tensors or block masks, got {type(one).__name__} for {kind or 'all'}")
+            if bool(pairs.any()):
+                later[kind] = pairs
         return cls(later)
 
     def __bool__(self) -> bool:

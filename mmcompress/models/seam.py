@@ -98,17 +98,19 @@ class Running:
                     del self.calls[me]
                     self.changed.notify_all()
 
-    def wait(self, seconds: float) -> None:
-        """Return once no other thread is in a call. Raises RuntimeError inside a call of this thread, or after so long."""
+    @contextlib.contextmanager
+    def ended(self, seconds: float):
+        """Once no other thread is in a call, and while none enters one. Raises RuntimeError inside a call of this thread, or
+        after so long."""
         if threading.get_ident() in self.calls:
             raise RuntimeError("a compressor cannot be taken out of a model by a call of that model itself: let it end first")
         with self.changed:
             if not self.changed.wait_for(lambda: not self.calls, seconds):
                 raise RuntimeError(
-                    f"a compressor cannot be taken out while another thread is in generate or forward (waited {seconds:.0f} "
-                    "s): join "
-                    "that thread first, the compressor is still installed"
+                    f"a compressor cannot be taken out while another thread is in generate or forward (waited "
+                    f"{seconds:.0f} s): join that thread first, the compressor is still installed"
                 )
+            yield
 
 
 class Seam(Generating):
@@ -267,8 +269,8 @@ class Seam(Generating):
     def uninstall(self) -> None:
         for wrapper in self.wrappers:  # all or nothing
             wrapper.check()
-        self.running.wait(WAIT)
-        self.remove()
+        with self.running.ended(WAIT):
+            self.remove()
 
     def keep_config(self) -> None:
         """Name the compressor in the model's configuration, which transformers saves, until it is taken out."""
@@ -348,10 +350,10 @@ class Seam(Generating):
         """Call the core, knowing what goes in. Under torch.compile it runs as it stands, with all that it calls."""
         kw.pop("mmcompress", None)  # of a `generate` whose preparation is another library's
         ids, cache = kw.get("input_ids"), compat.cache_of(kw)
-        prepared = take_prepared(self, ids if ids is not None else kw.get("inputs_embeds"))
+        prepared = take_prepared(self.licence, ids if ids is not None else kw.get("inputs_embeds"))
         if ids is not None:
             arrived()
-        elif self.acts and awaits_features(self):
+        elif self.acts and awaits_features(self.licence):
             raise ValueError(MERGED)
         mask = kw.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -372,12 +374,14 @@ class Seam(Generating):
         call = Call(self, kw, ids, mask, prepared is not None, prepared.extra if prepared is not None else 0)
         for kind, out in compat.encoded_ahead(kw).items():
             note: Encoded | None = getattr(out, NOTE, None)
-            if note is None and self.acts:
+            if note is None and not self.acts:
+                continue  # of structure unknown, and nothing is changed
+            if note is None or note.by is not self.licence:
                 raise ValueError(
                     f"mm_encoder_outputs must hold what this model's own get_{kind}_features gave while the compressor was "
                     f"installed, got a {type(out).__name__} made elsewhere: pass the pixels instead"
                 )
-            call.encoded[kind] = note or Encoded({}, True, feature_lengths(out))
+            call.encoded[kind] = note
             if (order := getattr(out, f"{NOTE}_order", None)) is not None:
                 call.order[kind] = order
         with self.running.one(), running(call), contextlib.ExitStack() as heard:
@@ -438,7 +442,7 @@ class Seam(Generating):
         if torch.compiler.is_compiling() or (call is not None and call.kind is not None):  # from another get_*_features
             return wrapped.original(*args, **kwargs)
         given = bound(wrapped.module, wrapped.name, args, kwargs)
-        seen = Encoded(given, ahead=call is None)
+        seen = Encoded(given, ahead=call is None, by=self.licence)
         if call is None:  # `generate` encodes before it prepares the first forward, or a user asks
             call = Call(self, given, None, None)
         call.encoded[kind], call.kind = seen, kind
@@ -452,7 +456,7 @@ class Seam(Generating):
             seen.tower = feature_rows(out)
         if seen.ahead:
             self.check_standing()
-            await_features(self)
+            await_features(self.licence)
             seen.arguments = {k: without_memory(v) if holds_items(k) else v for k, v in given.items()}
             with contextlib.suppress(AttributeError):  # a tuple or tensor of an older form: lengths are read from it again
                 setattr(out, NOTE, seen)
@@ -497,7 +501,8 @@ class Seam(Generating):
 
     def on_text(self, wrapped: Wrapped, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = current(self)
-        if call is None and self.acts and awaits_features(self) and is_merged(bound(wrapped.module, "forward", args, kwargs)):
+        alone = call is None and self.acts and awaits_features(self.licence)
+        if alone and is_merged(bound(wrapped.module, "forward", args, kwargs)):
             raise ValueError(MERGED)
         if call is None or call.answered:
             return wrapped.original(*args, **kwargs)
@@ -514,7 +519,7 @@ class Seam(Generating):
             return wrapped.original(**kw)
         items, samples = find_items(self.family, call, x, self.encoder_reads, self.text_reads)
         call.counted = len(items)
-        if self.acts:
+        if self.acts and (cache is None or x.shape[1] > 1):
             check_found(self.family, call, items, self.model)
         if items and self.acts:
             frame = self.frame(call, kw, x, items, samples, cache)

@@ -88,6 +88,7 @@ def train(
     """Train the method's parameters in place on embedded clips; state, log and result are kept in `out`. Returns the log's last
     line. Raises ValueError where `resume` finds another method there."""
     found = json.loads((out / CONFIG).read_text()) if resume and (out / CONFIG).is_file() else method.config()
+    found.pop("format_version", None)
     if found != method.config():
         changed = sorted(k for k in method.config() if found.get(k) != method.config()[k])
         raise ValueError(f"out must hold a run of the same method to resume, got one with another {', '.join(changed)}")

@@ -123,7 +123,6 @@ def tappable(block: nn.Module) -> list[nn.Module]:
     return [m for m in block.modules() if is_tappable(m)]
 
 
-@functools.cache
 def _listening_forward(forward: Callable) -> types.FunctionType:
     stock: Any = inspect.unwrap(forward)
     names = {**stock.__globals__, TABLE: Listening(stock.__globals__[TABLE])}
