@@ -44,6 +44,7 @@ SUITES = {
         "io": "tests/test_io.py",
         "threads": "tests/test_threads.py",
         "copies": "tests/test_copies.py",
+        "net": "tests/test_net.py",
     }.items()
     if (ROOT / path).exists()
 }
