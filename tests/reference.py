@@ -171,7 +171,7 @@ def reference(
         if carried:
             cos, sin = turns(text.config, p, column, items, carried, wrong)
         else:
-            cos, sin = (t[0] for t in text.rotary_emb(x[None], p[:, None] if len(p) == 3 else p))
+            cos, sin = (composed(t, text.config) for t in text.rotary_emb(x[None], p[:, None] if len(p) == 3 else p))
         x, weights = eager_layer(layer, x, cos, sin, visible)
         if i < len(deep):
             x = x + deep[i][column]
@@ -193,6 +193,18 @@ def frequencies_of_axes(config) -> list[list[int]]:
         return [list(range(t)), list(range(t, t + h)), list(range(t + h, t + h + w))]
     of_h, of_w = list(range(1, 3 * h, 3)), list(range(2, 3 * w, 3))
     return [sorted(set(range(half)) - set(of_h) - set(of_w)), of_h, of_w]
+
+
+def composed(table: Tensor, config) -> Tensor:
+    """cos or sin [P, d] of one sample; transformers 5.16 gives one table an axis [3, 1, P, d] for contiguous sections."""
+    if table.dim() == 3:
+        return table[0]
+    axes = frequencies_of_axes(config)
+    half, out = sum(map(len, axes)), torch.empty(table.shape[2:], dtype=table.dtype)
+    for a, frequencies in enumerate(axes):
+        for f in (*frequencies, *(n + half for n in frequencies)):
+            out[:, f] = table[a, 0, :, f]
+    return out
 
 
 def turns(config, position: Tensor, column: Tensor, items, carried, wrong: str | None = None) -> tuple[Tensor, Tensor]:

@@ -117,10 +117,7 @@ class Step:
             if done.turned is not None and embeddings is not None:
                 known = id(embeddings[0])
                 if known not in done.embeddings:
-                    B1 = tuple(
-                        t if t.dim() == 3 and len(t) == B else t.expand(B, *t.shape[-2:]) for t in kw["position_embeddings"]
-                    )
-                    done.embeddings[known] = done.turned.put(B1)  # type: ignore[arg-type]
+                    done.embeddings[known] = done.turned.put(kw["position_embeddings"])
                 kw["position_embeddings"] = done.embeddings[known]
             keys, P = done.keys, done.real.shape[1]
         else:
