@@ -27,9 +27,9 @@ KIN = {
 """Model types that an adapter of another family, or a variant of the generic one, serves."""
 
 REASONS = {
-    "its generate hands a few Q-Former rows to the text model's own": ("blip_2", "instructblip", "instructblipvideo"),
+    "its generate hands a few Q-Former rows to the text model's own": ("blip-2", "instructblip", "instructblipvideo"),
     "its text model reads items by cross-attention": ("mllama", "idefics", "florence2", "t5gemma2", "evolla"),
-    "its items enter inside the text model, by a mask or as a prefix": ("kosmos2", "kosmos2_5", "git"),
+    "its items enter inside the text model, by a mask or as a prefix": ("kosmos-2", "kosmos-2.5", "git"),
     "its sound is added to the text rows frame by frame": ("voxtral_realtime", "kyutai_speech_to_text"),
 }
 REFUSED = {model_type: reason for reason, types in REASONS.items() for model_type in types}

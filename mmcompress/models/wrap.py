@@ -114,8 +114,12 @@ def bound(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) -> 
 @functools.cache
 def parameters_of(kind: type, name: str) -> tuple[str, ...]:
     """Names of the arguments of a method that may be given by position, without self."""
-    parameters = inspect.signature(inspect.getattr_static(kind, name).__get__(None, kind)).parameters.values()
-    static = isinstance(inspect.getattr_static(kind, name), staticmethod)
+    own = [vars(c)[name] for c in kind.__mro__ if name in vars(c)]
+    for method in own:  # a method that hands on whatever it gets has the arguments of the one behind it
+        parameters = inspect.signature(method.__get__(None, kind)).parameters.values()
+        if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            break
+    static = isinstance(method, staticmethod)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in positional)[0 if static else 1 :]
 

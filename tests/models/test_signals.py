@@ -78,7 +78,7 @@ def views_in_token_order(inputs, per_view):
 
 def vision_attention(model):
     """(attention module, names of its query and key projections) of the tower's last layer."""
-    for name in ("attention.attention", "self_attn"):
+    for name in ("attention.attention", "self_attn", "attention"):
         found = [m for n, m in model.model.vision_tower.named_modules() if n.endswith(name)]
         if found:
             return found[-1], ("query", "key") if name == "attention.attention" else ("q_proj", "k_proj")
