@@ -42,9 +42,6 @@ SUITES = {
         "models": "tests/models",
         "methods": "tests/test_methods_on_models.py",
         "io": "tests/test_io.py",
-        "threads": "tests/test_threads.py",
-        "copies": "tests/test_copies.py",
-        "net": "tests/test_net.py",
     }.items()
     if (ROOT / path).exists()
 }
