@@ -9,22 +9,23 @@ from mmcompress.compressor import Compressor
 
 if TYPE_CHECKING:
     from mmcompress.ledger import Ledger
+    from mmcompress.models.described import Description
     from mmcompress.models.seam import Item, Seam
 
 
 _installing = threading.Lock()
 
 
-def compress_(model: Any, compressor: Compressor) -> Any:
+def compress_(model: Any, compressor: Compressor, seam: Description | None = None) -> Any:
     """Install `compressor` in `model` for good; returns the model.
 
     Its configuration is kept in `model.config.mmcompress`; `model.save_pretrained` writes the compressor, weights included,
-    beside the model, and `mmcompress.apply_from_config` installs it again. Its parameters are the model's until `restore_`.
+    beside the model, and `mmcompress.apply_from_config` installs it again. seam: where the parts of a model of your own are
+    (`mmcompress.models.describe`). Its parameters are the model's until `restore_`.
     Raises TypeError for what is no model or no compressor; ValueError where the family is unsupported, a signal is missing,
     a compressor is installed already, or the model was compiled before.
     """
-    seam = _install(model, compressor)
-    seam.keep_config()
+    _install(model, compressor, seam).keep_config()
     return model
 
 
@@ -48,12 +49,12 @@ class installed:
     group [N], assignment [N], anchor [K]).
     """
 
-    def __init__(self, model: Any, compressor: Compressor):
-        self.model, self.compressor = model, compressor
+    def __init__(self, model: Any, compressor: Compressor, seam: Description | None = None):
+        self.model, self.compressor, self.description = model, compressor, seam
         self._seam: Seam | None = None
 
     def __enter__(self) -> installed:
-        self._seam = _install(self.model, self.compressor)
+        self._seam = _install(self.model, self.compressor, self.description)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -88,7 +89,7 @@ def _seam(model: Any) -> Seam | None:
     return None
 
 
-def _install(model: Any, compressor: Compressor) -> Seam:
+def _install(model: Any, compressor: Compressor, description: Description | None = None) -> Seam:
     if not isinstance(compressor, Compressor):
         raise TypeError(f"compressor must be a Compressor such as mmcompress.create('k_center'), got {compressor!r}")
     from mmcompress.models import family
@@ -99,11 +100,11 @@ def _install(model: Any, compressor: Compressor) -> Seam:
         raise ValueError(
             "model must not be compiled yet: install the compressor first and compile then (or load the model anew)"
         )
-    adapter = family(model)
+    adapter = family(model, description)
     with _installing:
         if (other := _seam(model)) is not None:
             raise ValueError(f"model has a compressor installed already ({other.compressor!r}); call restore_(model) first")
-        seam = adapter.seam(model, compressor)
+        seam = adapter.seam(model, compressor, adapter)
         seam.install()
     warn_untested()
     return seam

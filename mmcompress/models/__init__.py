@@ -42,16 +42,28 @@ def adapter(model_type: str) -> Any:
     return getattr(importlib.import_module(f"mmcompress.models.{module}"), name)
 
 
-def family(model: Any) -> Any:
+def describe(core: str, text: str, placeholders: Any, inputs: Any = None) -> Any:
+    """Where the parts of a model of your own are, for `compress_(model, compressor, seam=…)`; see `described.describe`."""
+    from mmcompress.models.described import describe as make
+
+    return make(core, text, placeholders, inputs)
+
+
+def family(model: Any, description: Any = None) -> Any:
     """The adapter for this model. Raises TypeError for what is no transformers model, ValueError for one that is no multimodal
     LLM or whose structure is not understood. A type that only fits by structure is served with a warning."""
     from torch import nn
 
+    from mmcompress.models.described import Described, Description
     from mmcompress.models.generic import Family
     from mmcompress.models.tested import MODEL_TYPES
 
     if not isinstance(model, nn.Module) or getattr(model, "config", None) is None:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    if description is not None:
+        if not isinstance(description, Description):
+            raise TypeError(f"seam must be what mmcompress.models.describe gives, got {description!r}")
+        return Described(model, description)
     model_type = str(getattr(model.config, "model_type", None))
     if model_type in REFUSED:
         raise ValueError(

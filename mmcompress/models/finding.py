@@ -10,7 +10,7 @@ from torch import Tensor
 from mmcompress.ledger import ItemCount, SampleCount
 from mmcompress.models import compat, signals
 from mmcompress.models.call import Call
-from mmcompress.models.generic import KINDS, Family, ItemSpec, belongs
+from mmcompress.models.generic import KINDS, Family, ItemSpec
 from mmcompress.models.items import Item, runs
 
 
@@ -190,7 +190,7 @@ def repeated(family: Family, given: dict[str, Any], input_ids: Tensor, copies: i
     wise = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.dim() and tuple(v.shape[:2]) != (B, S)}
     for kind in KINDS:
         place = torch.eq(host, family.placeholder(kind)).flatten().nonzero()[:, 0]
-        mine = {n: v for n, v in wise.items() if belongs(n, kind)}
+        mine = {n: v for n, v in wise.items() if family.belongs(n, kind)}
         if not len(place) or not mine:
             continue
         extents = next((v for v in mine.values() if v.dim() == 2 and v.shape[1] in (2, 3) and not v.is_floating_point()), None)

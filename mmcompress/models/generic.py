@@ -97,7 +97,7 @@ class Family:
                 k
                 for k in KINDS
                 if self.placeholder(k) >= 0
-                and (hasattr(self.core, f"get_{k}_features") or any(belongs(n, k) and holds_items(n) for n in takes))
+                and (hasattr(self.core, f"get_{k}_features") or any(self.belongs(n, k) and self.holds_items(n) for n in takes))
             )
         if not self.modalities:
             raise ValueError(
@@ -180,15 +180,23 @@ class Family:
 
     # items
 
+    def belongs(self, name: str, kind: str) -> bool:
+        """Whether an argument holds pixels or sound of this kind, or describes them."""
+        return belongs(name, kind)
+
+    def holds_items(self, name: str) -> bool:
+        """Whether an argument holds pixels or sound itself."""
+        return holds_items(name)
+
     def kinds(self, call: Call) -> list[str]:
         """The kinds for which this call brings features, or could."""
         given = [n for n, v in call.arguments.items() if isinstance(v, Tensor) or (isinstance(v, list) and v)]
-        return [k for k in KINDS if self.placeholder(k) >= 0 and (k in call.encoded or any(belongs(n, k) for n in given))]
+        return [k for k in KINDS if self.placeholder(k) >= 0 and (k in call.encoded or any(self.belongs(n, k) for n in given))]
 
     def brought(self, inputs: Iterable[str]) -> list[str]:
         """The kinds of items that these arguments hold."""
-        names = [n for n in inputs if holds_items(n)]
-        return [k for k in KINDS if k in self.modalities and any(belongs(n, k) for n in names)]
+        names = [n for n in inputs if self.holds_items(n)]
+        return [k for k in KINDS if k in self.modalities and any(self.belongs(n, k) for n in names)]
 
     def specs(self, call: Call, kind: str, num_rows: int) -> list[ItemSpec] | None:
         """The items of one kind in the order of their features, or None: each run of placeholder ids is one item of

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mmcompress.compressor import Compressor
 from mmcompress.ledger import Decoder, Ledger, SampleCount
 from mmcompress.models import compat, signals
-from mmcompress.models import family as find_family
 from mmcompress.models.cache import Licence, PromptState, is_reduced, physical, remember, states_of
 from mmcompress.models.call import (
     NOTE,
@@ -37,7 +36,7 @@ from mmcompress.models.call import (
 from mmcompress.models.doors import STEP, Frame, doors
 from mmcompress.models.finding import check_found, find_items
 from mmcompress.models.generating import Generating
-from mmcompress.models.generic import Family, feature_lengths, feature_rows, holds_items
+from mmcompress.models.generic import Family, feature_lengths, feature_rows
 from mmcompress.models.items import Item, Placed
 from mmcompress.models.masks import Pattern, gather_extra, text_mask
 from mmcompress.models.rotary import Rotary, axes
@@ -120,10 +119,10 @@ class Seam(Generating):
     """Sources of signals that every place offers, beside the encoder's."""
     doors: tuple[str, ...] = ("prefill", "layer")
 
-    def __init__(self, model: Any, compressor: Compressor):
+    def __init__(self, model: Any, compressor: Compressor, family: Family):
         self.outer: Any = model
         self.model: Any = base_model(model)
-        self.family: Family = find_family(model)
+        self.family = family
         self.compressor = compressor
         self.ledger = Ledger(self.decoder())
         self.items: list[Item] = []
@@ -140,7 +139,7 @@ class Seam(Generating):
         self.text_reads = bool(wanted & set(signals.of_source("text")))
         self.acts = any(d.stages for d in self.standing.values())
         self.core_names = parameters_of(type(self.family.core), "forward")
-        self.item_names = (*(n for n in self.core_names if holds_items(n)), "mm_encoder_outputs")
+        self.item_names = (*(n for n in self.core_names if self.family.holds_items(n)), "mm_encoder_outputs")
         """Arguments of the core that hold pixels, sound or features."""
 
     def decoder(self) -> Decoder:
@@ -457,7 +456,7 @@ class Seam(Generating):
         if seen.ahead:
             self.check_standing()
             await_features(self.licence)
-            seen.arguments = {k: without_memory(v) if holds_items(k) else v for k, v in given.items()}
+            seen.arguments = {k: without_memory(v) if self.family.holds_items(k) else v for k, v in given.items()}
             with contextlib.suppress(AttributeError):  # a tuple or tensor of an older form: lengths are read from it again
                 setattr(out, NOTE, seen)
         return out
