@@ -26,9 +26,9 @@ def describe(core: str, text: str, placeholders: Mapping[str, int], inputs: Mapp
     """Describe a model for `compress_(model, compressor, seam=…)`.
 
     core: the path (of `model.named_modules()`, "" for the model itself) of the module that puts features where the
-    placeholder ids stand, and is called with `input_ids` and `attention_mask`. text: the path of the module with decoder layers (`layers`)
-    that it calls with `inputs_embeds`. placeholders: kind ("image", "video", "audio") -> the id that stands for one row. inputs:
-    kind -> the argument of the core that brings such items, where its name does not tell.
+    placeholder ids stand, and is called with `input_ids` and `attention_mask`. text: the path of the module with decoder
+    layers (`layers`) that it calls with `inputs_embeds`. placeholders: kind ("image", "video", "audio") -> the id that stands
+    for one row. inputs: kind -> the argument of the core that brings such items, where its name does not tell.
     Raises ValueError for kinds that are none, TypeError for what is no id.
     """
     inputs = dict(inputs or {})

@@ -35,7 +35,7 @@ def test_an_argument_that_nobody_named_is_no_silence(own):
     with pytest.raises(ValueError, match="must have a core that makes features"):
         mmcompress.compress_(model, mmcompress.create("k_center"))
     mmcompress.compress_(model, mmcompress.create("k_center"), seam=describe(**{**RIGHT, "inputs": {}}))
-    with pytest.raises(ValueError, match="got no pixels, sound or features"):
+    with pytest.raises(ValueError, match=r"got no pixels, sound or features"):
         model(**rows)
     mmcompress.restore_(model)
     assert "forward" not in model.reader.__dict__
@@ -57,5 +57,5 @@ def test_wrong_descriptions(own, change, error, says):
 
 
 def test_what_is_no_description(own):
-    with pytest.raises(TypeError, match="must be what mmcompress.models.describe gives"):
+    with pytest.raises(TypeError, match=r"must be what mmcompress\.models\.describe gives"):
         mmcompress.compress_(own.build(), mmcompress.create("k_center"), seam={"core": "reader"})
