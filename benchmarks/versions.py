@@ -1,6 +1,6 @@
 """Run the tests of the models on every release of transformers that the package says it is tested with.
 
-    python benchmarks/versions.py                                  # all of TESTED; under an hour on two idle cores
+    python benchmarks/versions.py                                  # all of RELEASES; under an hour on two idle cores
     python benchmarks/versions.py --versions 5.24.0 --suites io    # a part of it, which writes no result
     python benchmarks/versions.py --torch 2.14.1                   # and the newest transformers on another torch (gigabytes)
 
@@ -29,7 +29,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from mmcompress.models.tested import TESTED
+from mmcompress.models.tested import RELEASES
 from mmcompress.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def is_green(result: dict[str, Any]) -> bool:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", nargs="+", default=list(TESTED), metavar="X", help="releases of transformers")
+    parser.add_argument("--versions", nargs="+", default=list(RELEASES), metavar="X", help="releases of transformers")
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     parser.add_argument("--torch", metavar="X", help="run the newest of the releases on this torch as well")
     parser.add_argument("--again", action="store_true", help="run what is finished once more")
@@ -239,7 +239,7 @@ def main() -> None:
         "runs": runs,
     }
     print(table(["transformers", "torch", *arguments.suites], rows(result), "l" * (2 + len(arguments.suites))))
-    if set(arguments.versions) >= set(TESTED) and set(arguments.suites) == set(SUITES):
+    if set(arguments.versions) >= set(RELEASES) and set(arguments.suites) == set(SUITES):
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {RESULT.relative_to(ROOT)}")
     else:

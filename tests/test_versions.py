@@ -70,9 +70,11 @@ def test_half_an_environment_is_never_left(script, tmp_path, monkeypatch):
 def test_the_committed_result_shows_the_range(script):
     result = json.loads(script.RESULT.read_text())
     here = [one for one in result["runs"] if one["torch"] == result["runs"][0]["torch"]]
-    assert [one["transformers"] for one in here] == list(tested.TESTED)
+    assert [one["transformers"] for one in here] == list(tested.RELEASES)
     assert all(set(one["suites"]) >= {"seam", "models", "methods", "io"} for one in result["runs"])
-    assert script.is_green(result), "\n".join("  ".join(row) for row in script.rows(result))
+    green = [one["transformers"] for one in here if script.is_green({"runs": [one]})]
+    assert green == list(tested.TESTED), "\n".join("  ".join(row) for row in script.rows(result))
+    assert {tested.RELEASES[0], tested.RELEASES[-1]} <= set(green), "both ends are green"
 
 
 def test_the_metadata_begin_with_the_oldest():

@@ -40,7 +40,7 @@ class ItemSpec:
     source: Tensor | None = None
 
     @classmethod
-    @functools.lru_cache(maxsize=512)  # noqa: B019: of the class, not of a model
+    @functools.lru_cache(maxsize=512)
     def lattice(cls, kind: str, grid: tuple[int, int, int], start: int | None = None) -> ItemSpec:
         """An item whose rows are exactly the raster of (t, h, w), at `start` in the encoder's output."""
         t, h, w = grid

@@ -44,7 +44,7 @@ def test_inputs_fit_the_stock_model(family):
     assert count == [sum(own) for own in lengths] and all(count)
     try:
         logits = model(**inputs).logits
-    except AttributeError as error:  # llama4 of 5.24
+    except (AttributeError, ValueError) as error:  # llama4 of 5.24, clips of gemma4 in 5.20
         pytest.skip(f"the stock model fails: {error}")
     assert torch.isfinite(logits).all()
     own = tiny_inputs(family, 2, rows=[1])
