@@ -2,8 +2,17 @@
 
 import torch
 
+from mmcompress import create
 from mmcompress.compressor import Compressor, Scorer, Selector
 from mmcompress.tokens import Reduction, identity, keep
+
+CHAINS = {
+    "prefill": lambda: create("dpc_knn", keep_ratio=0.4),
+    "cls": lambda: create("global_guided", keep_ratio=0.4),
+    "attention": lambda: create("todre", keep_ratio=0.5),
+    "two_places": lambda: create("dpc_knn", keep_ratio=0.6) | create("pooling", keep_ratio=0.5, layer=2),
+}
+"""What threads and copies are tried with: each kind of place and of signal."""
 
 
 def direction(tokens):

@@ -9,17 +9,12 @@ import warnings
 
 import pytest
 import torch
+from seam_methods import CHAINS
 
 import mmcompress
 from mmcompress import create
 from mmcompress.testing import tiny_inputs, tiny_model
 
-CHAINS = {
-    "prefill": lambda: create("dpc_knn", keep_ratio=0.4),
-    "cls": lambda: create("global_guided", keep_ratio=0.4),
-    "attention": lambda: create("todre", keep_ratio=0.5),
-    "two_places": lambda: create("dpc_knn", keep_ratio=0.6) | create("pooling", keep_ratio=0.5, layer=2),
-}
 chains = pytest.mark.parametrize("chain", CHAINS)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 

@@ -68,7 +68,7 @@ class Call:
 
     generating: the mask is the one that `generate` prepared. extra: candidate tokens behind the prompt.
     order: for several answers to a prompt, the encoded item that each item of the expanded batch is.
-    counted: items found. answered: the text model ran.
+    answered: the text model ran.
     """
 
     owner: Any
@@ -81,7 +81,6 @@ class Call:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     order: dict[str, list[int]] = field(default_factory=dict)
     turned: Any = None
-    counted: int = 0
     answered: bool = False
 
     def of(self, kind: str) -> Encoded:

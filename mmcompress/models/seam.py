@@ -134,9 +134,9 @@ class Seam(Generating):
         known = doors()
         self.standing = {name: known[name](self) for name in self.doors if name in known}
         self.place(compressor)
-        wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
-        self.encoder_reads = sorted(wanted & set(signals.of_source("encoder")))
-        self.text_reads = bool(wanted & set(signals.of_source("text")))
+        self.wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
+        self.encoder_reads = sorted(self.wanted & set(signals.of_source("encoder")))
+        self.text_reads = bool(self.wanted & set(signals.of_source("text")))
         self.acts = any(d.stages for d in self.standing.values())
         self.core_names = parameters_of(type(self.family.core), "forward")
         self.item_names = (*(n for n in self.core_names if self.family.holds_items(n)), "mm_encoder_outputs")
@@ -517,7 +517,6 @@ class Seam(Generating):
                 )
             return wrapped.original(**kw)
         items, samples = find_items(self.family, call, x, self.encoder_reads, self.text_reads)
-        call.counted = len(items)
         if self.acts and (cache is None or x.shape[1] > 1):
             check_found(self.family, call, items, self.model)
         if items and self.acts:
@@ -568,8 +567,7 @@ class Seam(Generating):
 
     def prompt_reads(self) -> list[str]:
         """Signals read by some stage that are about the prompt's text."""
-        wanted = set().union(*(d.everything_wanted() for d in self.standing.values()))
-        return sorted(n for n in wanted if signals.known()[n].needs_text)
+        return sorted(n for n in self.wanted if signals.known()[n].needs_text)
 
     def reduced(self, wrapped: Wrapped, frame: Frame) -> Any:
         """The text model's call with fewer rows, its output with as many as before."""

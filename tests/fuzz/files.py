@@ -54,12 +54,15 @@ def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str,
         save_file(change(state), path)
 
 
-@damage("cut the JSON")
-def _(folder, at, given):
-    path = folder / CONFIG
+def _cut(path, at):
     if path.is_file():
         data = path.read_bytes()
         path.write_bytes(data[: len(data) * at // 1000])
+
+
+@damage("cut the JSON")
+def _(folder, at, given):
+    _cut(folder / CONFIG, at)
 
 
 @damage("change a byte of the JSON")
@@ -120,10 +123,7 @@ def _(folder, at, given):
 
 @damage("cut the weights")
 def _(folder, at, given):
-    path = folder / WEIGHTS
-    if path.is_file():
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) * at // 1000])
+    _cut(folder / WEIGHTS, at)
 
 
 @damage("change a byte of the weights' head")
